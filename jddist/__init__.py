@@ -1,0 +1,8 @@
+"""jddist: exact Jacobian descent on many GPUs, for PyTorch."""
+
+from ._stateful import Stateful
+from .autogram import Engine as _Engine  # noqa: F401  (first: the distribution builds on its blocks)
+from .distribution import attach
+
+__all__ = ["Stateful", "attach"]
+__version__ = "0.1.0"

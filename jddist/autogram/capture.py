@@ -1,0 +1,229 @@
+"""Forward hooks that leave a CallRecord on the graph nodes of each hooked module's outputs.
+
+A module is hooked once however many engines use it. The records belong to the autograd graph, not
+to an engine: when the graph is freed they go with it, so a validation forward leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from .record import AutocastSnapshot, CallRecord, RngSnapshot
+
+METADATA_KEY = "jddist"
+
+_paused = 0  # a plain counter: on CUDA, recomputed forwards run in autograd's own threads
+_taps: weakref.WeakKeyDictionary[nn.Module, _Tap] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """No call is recorded inside (recomputed checkpoints, re-run forwards)."""
+    global _paused
+    _paused += 1
+    try:
+        yield
+    finally:
+        _paused -= 1
+
+
+class Mark(NamedTuple):
+    """What is left on a graph node: which output of which call its gradient belongs to.
+
+    Attributes:
+        record: The call.
+        index: The index of the output tensor.
+        output_nr: The node's output.
+        geometry: None, or the output's shape and strides if the node is that of its base.
+    """
+
+    record: CallRecord
+    index: int
+    output_nr: int
+    geometry: tuple[torch.Size, tuple[int, ...]] | None = None
+
+
+class BatchSize:
+    """The batch size of the outermost call under way, seen at the root modules of an engine."""
+
+    def __init__(self) -> None:
+        self.value: int | None = None
+
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, _ = tree_flatten((args, kwargs))
+        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0)
+        first = next(tensors, None)
+        self.value = None if first is None else first.shape[0]
+
+    def leave(self, *_: Any) -> None:
+        self.value = None
+
+
+class _Tap:
+    """The hooks of one module, shared by all the engines that use it."""
+
+    def __init__(self, module: nn.Module, needs_rng: bool) -> None:
+        self.users = 0
+        self.needs_rng = needs_rng
+        self.batch_sizes: list[weakref.ref[BatchSize]] = []
+        self._rng: list[RngSnapshot | None] = []
+        # Before other hooks: sharding wrappers cast or free tensors in theirs.
+        self.handles: list[RemovableHandle] = [
+            module.register_forward_hook(
+                self._after, prepend=True, with_kwargs=True, always_call=False
+            ),
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _paused or not torch.is_grad_enabled():
+            return
+        self._rng = [_snapshot_rng(module)] if self.needs_rng and module.training else []
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if _paused or not torch.is_grad_enabled():
+            return None
+        rng = self._rng.pop() if self._rng else None
+        if not any(p.requires_grad for p in module.parameters()):
+            return None
+        output, changed = self._expand(module, output)
+        leaves, _ = tree_flatten(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not any(t.requires_grad for t in tensors):
+            return None
+        record = _make_record(module, args, kwargs, tensors, rng)
+        for index, tensor in enumerate(tensors):
+            if tensor.grad_fn is None:
+                continue
+            _mark(tensor, Mark(record, index, get_gradient_edge(tensor).output_nr))
+            base = tensor._base
+            if base is not None and base.is_contiguous() and base.numel() == tensor.numel():
+                # An in-place operation on a view rewrites the view's history and keeps the base's.
+                geometry = (tensor.shape, tensor.stride())
+                nr = get_gradient_edge(base).output_nr
+                _mark(base, Mark(record, index, nr, geometry))
+        return output if changed else None
+
+    def _expand(self, module: nn.Module, output: Any) -> tuple[Any, bool]:
+        """Gives a lookup of positions [1, t, d] its batch back: once autograd has summed over a
+        broadcast dimension, the gradients of the single samples are lost."""
+        if not isinstance(module, nn.Embedding) or not isinstance(output, Tensor):
+            return output, False
+        if output.ndim != 3 or output.shape[0] != 1:
+            return output, False
+        for ref in self.batch_sizes:
+            size = ref()
+            if size is not None and size.value is not None and size.value > 1:
+                return output.expand(size.value, *output.shape[1:]), True
+        return output, False
+
+
+def _mark(tensor: Tensor, mark: Mark) -> None:
+    if tensor.grad_fn is not None:
+        tensor.grad_fn.metadata.setdefault(METADATA_KEY, []).append(mark)
+
+
+class Capture:
+    """An engine's hold on the hooks of its modules; ``release`` (or its end of life) lets go."""
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        roots: Iterable[nn.Module],
+        needs_rng: Iterable[nn.Module],
+        batched: bool,
+    ) -> None:
+        self.batch_size = BatchSize()
+        with_rng = set(needs_rng)
+        hooked = list(modules)
+        for module in hooked:
+            tap = _taps.get(module)
+            if tap is None:
+                tap = _taps[module] = _Tap(module, module in with_rng)
+            tap.users += 1
+            tap.needs_rng |= module in with_rng
+            if batched:
+                tap.batch_sizes.append(weakref.ref(self.batch_size))
+        handles: list[RemovableHandle] = []
+        if batched:
+            for root in roots:
+                enter, leave = self.batch_size.enter, self.batch_size.leave
+                handles.append(root.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(root.register_forward_hook(leave, always_call=True))
+        self.release = weakref.finalize(
+            self, _release, [weakref.ref(m) for m in hooked], handles, weakref.ref(self.batch_size)
+        )
+
+
+def _release(
+    modules: list[weakref.ref[nn.Module]],
+    handles: list[RemovableHandle],
+    batch_size: weakref.ref[BatchSize],
+) -> None:
+    for handle in handles:
+        handle.remove()
+    for ref in modules:
+        module = ref()
+        tap = None if module is None else _taps.get(module)
+        if module is None or tap is None:
+            continue
+        tap.users -= 1
+        tap.batch_sizes = [r for r in tap.batch_sizes if r() is not None and r is not batch_size]
+        if tap.users == 0:
+            tap.remove()
+            del _taps[module]
+
+
+def _make_record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outputs: list[Tensor],
+    rng: RngSnapshot | None,
+) -> CallRecord:
+    leaves, spec = tree_flatten((args, kwargs))
+    watched = []
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            leaves[i] = leaf.detach()
+            if not leaf.is_inference():
+                watched.append((leaves[i], leaf._version))
+    detached_args, detached_kwargs = tree_unflatten(leaves, spec)
+    device_type = outputs[0].device.type
+    autocast = AutocastSnapshot(
+        device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    )
+    return CallRecord(
+        module=module,
+        args=detached_args,
+        kwargs=detached_kwargs,
+        output_shapes=[t.shape for t in outputs],
+        differentiable=[t.grad_fn is not None for t in outputs],
+        training=module.training,
+        autocast=autocast,
+        rng=rng,
+        watched=watched,
+    )
+
+
+def _snapshot_rng(module: nn.Module) -> RngSnapshot:
+    device = next((p.device for p in module.parameters() if p.device.type != "cpu"), None)
+    if device is None:
+        return RngSnapshot(torch.get_rng_state(), None, None)
+    accelerator = torch.get_device_module(device).get_rng_state(device)
+    return RngSnapshot(torch.get_rng_state(), device, accelerator)

@@ -1,0 +1,309 @@
+"""The engine: the Gramian of the Jacobian without the Jacobian, and the weighted step.
+
+One step goes through these stages: the local pass turns the output's graph into blocks of rows;
+a handshake tells every rank what the others have; the exchange turns all blocks into the global
+Gramian; a weighting runs on rank 0; the weighted losses go back through the user's own backward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Partial, Placement, Shard
+
+from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
+from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
+from jddist.distribution.select import distribution_of, select, unwrap
+from jddist.errors import UnsupportedModelError
+
+from . import global_pass
+from .capture import Capture
+from .global_pass import GlobalLayout
+from .layout import OutputLayout
+from .local_pass import Blocks, LocalPass
+from .parameters import ParameterTable, build_table, roots_of, scope_of
+from .refusals import check_modules
+
+Weigher = Callable[[Tensor], Tensor]
+Count = int | Sequence[int] | Tensor
+
+
+class Engine:
+    """Computes Gramians of Jacobians, and takes Jacobian descent steps with them.
+
+    The Gramian is that of all the objectives on all ranks, with respect to the trainable parameters
+    of the given modules. It follows Algorithm 3 of Jacobian Descent For Multi-Objective
+    Optimization (arXiv:2406.16232), layer by layer and without ever forming the Jacobian where a
+    closed form exists. Create the engine before the forward pass, and only once.
+
+    Args:
+        modules: Modules, wrapped in DistributedDataParallel or not, whose parameters count,
+            recursively; or one iterable of modules, whose direct parameters count.
+        batch_dim: The dimension of the samples in the tensors of objectives. The modules must then
+            treat the samples independently, with the samples first in all their tensors; what does
+            not is noticed and computed by a slower exact way, or refused. None: no such dimension;
+            always right, at the price of one backward pass per objective.
+        objectives: Where the objectives live: ``Shard(0)`` if every rank has its own,
+            ``Partial("avg")`` or ``Partial("sum")`` if every rank has an estimate of the same
+            ones. By default ``Shard(0)`` with a ``batch_dim``, else ``Partial("avg")``.
+        distribution: Pass ``Local()`` if several ranks run that have nothing to do with each
+            other. By default it is found from the modules' wrapper.
+        nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
+            NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
+
+    Raises:
+        UnsupportedModelError: A module or a wrapper with which the answer cannot be exact.
+        UnattachedParameterError: Several ranks run and the parameters belong to no wrapper.
+        ValueError: There are no parameters, or ``objectives`` is no possible placement.
+    """
+
+    def __init__(
+        self,
+        *modules: nn.Module | Iterable[nn.Module],
+        batch_dim: int | None,
+        objectives: Placement | None = None,
+        distribution: Distribution | None = None,
+        nonfinite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"Found nonfinite={nonfinite!r}; expected 'raise' or 'skip'.")
+        given, recursive = _given_modules(modules)
+        selected = distribution or select(given, None)
+        scope = scope_of([unwrap(m) for m in given], recursive)
+        if objectives is None:
+            objectives = Partial("avg") if batch_dim is None else Shard(0)
+        self._batch_dim = batch_dim
+        self._placement = check_placement(objectives)
+        self._nonfinite = nonfinite
+        self._scope = scope
+        self._table = build_table(scope)
+        if not self._table.entries:
+            raise ValueError(
+                "Found no parameters in the given modules; expected some. Pass the model itself, "
+                "or model.modules(): of an iterable only the modules' direct parameters count."
+            )
+        parameters = [entry.parameter for entry in self._table.trainable]
+        self._distribution = distribution_of(parameters, selected)
+        self._check_modules()
+        self._capture = Capture(
+            [owner.module for owner in self._table.owners],
+            roots_of(scope),
+            [owner.module for owner in self._table.owners if owner.rule is None],
+            batched=batch_dim is not None,
+        )
+        self._local_pass = LocalPass(self._table, batch_dim is not None)
+        self._layout: GlobalLayout | None = None
+        self._skip = False
+        self._warned_uneven = False
+
+    @property
+    def distribution(self) -> Distribution:
+        """How the parameters are distributed over ranks."""
+        return self._distribution
+
+    @property
+    def table(self) -> ParameterTable:
+        """The parameters that count, in the order in which the ranks agree."""
+        return self._table
+
+    def compute_gramian(self, output: Tensor, /, *, count: Count | None = None) -> Tensor:
+        """The generalized Gramian of all ranks' objectives, the same on every rank.
+
+        Args:
+            output: This rank's objectives, of any shape, with their graph (which is kept). The
+                rank may have none: an output with no samples.
+            count: With ``Partial("avg")``, the number of samples over which this rank's objectives
+                are means: an int, or one number per objective. The global objective is then the
+                mean over all samples; without it, the mean over ranks.
+
+        Returns:
+            [] for a scalar, [m, m] for a vector, [m1, m2, m2, m1] for a matrix, and so on: entry
+            [i, j, k, l] is the inner product of the gradients of objectives [i, j] and [l, k].
+            Under ``Shard(0)`` the sharded dimension counts all ranks' samples, in rank order.
+
+        Raises:
+            NonFiniteObjectiveError: An objective or its gradient is NaN or infinite.
+            LayoutMismatchError: The ranks disagree on shapes, dtype or parameters.
+            RankError: Another rank failed before the exchange.
+        """
+        layout, blocks = self._prepare("Engine.compute_gramian", output, count, needs_rows=True)
+        parts = global_pass.gramian(self._distribution, layout, blocks, output, self._table)
+        self._layout, self._skip = layout, False
+        if not parts.finite:
+            error = global_pass.nonfinite_error(layout, parts)
+            if self._nonfinite == "raise":
+                raise error
+            warnings.warn(f"{error} The weights of this step are zero.", stacklevel=2)
+            self._skip = True
+        values = parts.values.to(torch.promote_types(output.dtype, torch.float32))
+        return layout.whole.generalized(values)
+
+    def compute_weights(self, gramian: Tensor, weighting: Weigher) -> Tensor:
+        """Weights of all objectives: one run of ``weighting`` on rank 0, the same on every rank.
+
+        Args:
+            gramian: A generalized Gramian, as ``compute_gramian`` gives it.
+            weighting: A Weighting of jddist's or of torchjd's, or any callable on a Gramian.
+
+        Returns:
+            Weights of the shape of the (global) objectives.
+
+        Raises:
+            ValueError: The Gramian is not a matrix and the weighting is not generalized.
+            RankError: The weighting raised on rank 0 of several ranks.
+        """
+        plain = isinstance(weighting, Weighting) and not isinstance(weighting, GeneralizedWeighting)
+        if plain and gramian.ndim != 2:
+            raise ValueError(
+                f"Found {type(weighting).__name__} on a generalized Gramian of shape "
+                f"{tuple(gramian.shape)}; expected a matrix or a GeneralizedWeighting. Use "
+                f"{Flattening.__name__}({type(weighting).__name__}(...))."
+            )
+        shape = gramian.shape[: gramian.ndim // 2]
+        if self._skip or gramian.numel() == 0:
+            return gramian.new_zeros(shape)
+        weights = self._distribution.run_once(weighting, gramian)
+        if weights.shape != shape:
+            raise ValueError(
+                f"Found weights of shape {tuple(weights.shape)}; expected {tuple(shape)}, one "
+                "weight per objective."
+            )
+        return weights
+
+    def local_weights(self, weights: Tensor, /) -> Tensor:
+        """This rank's part of the global weights, ready for ``losses.backward(...)``.
+
+        Args:
+            weights: Weights of all objectives of the last ``compute_gramian``.
+
+        Returns:
+            Weights of the shape of this rank's output, times the factor that undoes the wrapper's
+            averaging and, with counts, times this rank's share of the samples.
+
+        Raises:
+            RuntimeError: No Gramian was computed yet.
+            ValueError: The weights do not have the shape of the global objectives.
+        """
+        if self._layout is None:
+            raise RuntimeError(
+                "Found no Gramian to which the weights could belong; expected a call of "
+                "compute_gramian (or backward) first."
+            )
+        factor = self._distribution.backward_factor(self._placement)
+        return self._layout.local_part(weights.detach()) * factor
+
+    def backward(
+        self,
+        output: Tensor,
+        weighting_or_weights: Weigher | Tensor,
+        /,
+        *,
+        count: Count | None = None,
+        retain_graph: bool = False,
+    ) -> Tensor:
+        """A whole step: Gramian, weights, weighted backward.
+
+        ``.grad`` comes out as the wrapper's own backward makes it, so clipping, accumulation,
+        schedulers and optimizers work unchanged. Every rank has to call, also one without samples.
+
+        Args:
+            output: This rank's objectives, with their graph.
+            weighting_or_weights: A weighting (any callable on the Gramian), or the weights of all
+                objectives, of the shape of the global output.
+            count: See ``compute_gramian``.
+            retain_graph: Whether to keep the graph.
+
+        Returns:
+            The weights of all objectives.
+
+        Raises:
+            The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched.
+        """
+        if isinstance(weighting_or_weights, Tensor):
+            self._layout, _ = self._prepare("Engine.backward", output, count, needs_rows=False)
+            self._skip = False
+            weights = weighting_or_weights
+        else:
+            gramian = self.compute_gramian(output, count=count)
+            weights = self.compute_weights(gramian, weighting_or_weights)
+        if not self._skip:
+            local = self.local_weights(weights).to(output.dtype)
+            output.backward(local, retain_graph=retain_graph)
+        return weights
+
+    def _prepare(
+        self, call: str, output: Tensor, count: Count | None, *, needs_rows: bool
+    ) -> tuple[GlobalLayout, Blocks]:
+        """The local pass and the handshake; what fails here fails on every rank."""
+        error: Exception | None = None
+        blocks: Blocks = []
+        agree: dict[str, Any] = {}
+        info: dict[str, Any] = {}
+        try:
+            layout = OutputLayout.of(output, self._batch_dim)
+            sharded = is_sharded(self._placement)
+            if sharded and output.ndim == 0 and self._distribution.group.size > 1:
+                raise ValueError(
+                    "Found a scalar output with objectives=Shard(0); expected a dimension along "
+                    "which the ranks' objectives are concatenated."
+                )
+            if not output.requires_grad:
+                raise ValueError(
+                    "Found an output that does not require a gradient; expected objectives with a "
+                    "graph. A rank without samples passes losses[:0] of any dummy sample."
+                )
+            self._check_modules()
+            counts = global_pass.checked_count(count, layout, self._placement)
+            agree = global_pass.must_agree(
+                self._table, output, layout, self._placement, counts is not None
+            )
+            if needs_rows:
+                with self._distribution.first_pass():
+                    blocks = self._local_pass.blocks(output, layout)
+            samples = self._local_pass.samples
+            info = global_pass.to_tell(blocks, layout, counts, samples)
+        except Exception as failure:  # it is raised again on every rank, by the handshake
+            error = failure
+        infos = self._distribution.handshake(call, agree, info, error)
+        self._warn_if_uneven(infos)
+        rank = self._distribution.group.rank
+        return GlobalLayout.of(layout, infos, rank, self._placement), blocks
+
+    def _warn_if_uneven(self, infos: list[dict[str, Any]]) -> None:
+        samples = [info["samples"] for info in infos]
+        uneven = is_average(self._placement) and len(set(samples)) > 1
+        if uneven and infos[0]["count"] is None and not self._warned_uneven:
+            self._warned_uneven = True
+            warnings.warn(
+                f"Found different batch sizes on the ranks ({', '.join(map(str, samples))}) and no "
+                "count: the global objective is the plain mean over ranks. Pass count= (this "
+                "rank's number of samples) for the mean over all samples.",
+                stacklevel=4,
+            )
+
+    def _check_modules(self) -> None:
+        ranks = self._distribution.group.size
+        check_modules(self._scope, batched=self._batch_dim is not None, num_ranks=ranks)
+
+
+def _given_modules(
+    modules: tuple[nn.Module | Iterable[nn.Module], ...],
+) -> tuple[list[nn.Module], bool]:
+    """The modules, and whether their descendants count too."""
+    # A Sequential is an iterable as well as a module: ask for the module first.
+    if len(modules) == 1 and not isinstance(modules[0], nn.Module):
+        given, recursive = list(modules[0]), False
+    else:
+        given, recursive = list(modules), True  # type: ignore[arg-type]
+    for module in given:
+        if not isinstance(module, nn.Module):
+            raise UnsupportedModelError(
+                f"Found a {type(module).__name__} among the modules; expected nn.Modules, or one "
+                "iterable of them. Pass the model, or model.modules()."
+            )
+    return given, recursive

@@ -1,0 +1,247 @@
+"""From this rank's blocks to the Gramian of all ranks, by way of what the ranks told each other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Placement
+
+from jddist.distribution.base import Distribution, is_average, is_sharded
+from jddist.distribution.exchange import (
+    describe,
+    local_gramian,
+    sharded_rows_gramian,
+    summed_rows_gramian,
+)
+from jddist.distribution.plan import BlockShape, plan_exchange
+from jddist.errors import NonFiniteObjectiveError
+
+from .layout import OutputLayout
+from .local_pass import Blocks
+from .parameters import ParameterTable
+
+
+@dataclass(frozen=True)
+class GlobalLayout:
+    """How this rank's objectives lie among those of all ranks.
+
+    Attributes:
+        local: The layout of this rank's output.
+        whole: The layout of all objectives.
+        sharded: Whether the ranks have objectives of their own.
+        sizes: Each rank's size of the sharded dimension (of no meaning if not ``sharded``).
+        rank: This rank.
+        row_scale: For estimates of the same objectives: by what this rank's rows are multiplied
+            before they are summed over ranks, one number per objective.
+        backward_scale: The same for the weights of this rank's objectives, which the wrapper
+            averages over ranks.
+        shapes: What each rank has for each parameter.
+    """
+
+    local: OutputLayout
+    whole: OutputLayout
+    sharded: bool
+    sizes: tuple[int, ...]
+    rank: int
+    row_scale: tuple[float, ...]
+    backward_scale: tuple[float, ...]
+    shapes: tuple[tuple[BlockShape, ...], ...]
+
+    @staticmethod
+    def of(
+        local: OutputLayout, infos: Sequence[Mapping[str, Any]], rank: int, placement: Placement
+    ) -> GlobalLayout:
+        """The layout that follows from every rank's information."""
+        sharded = is_sharded(placement)
+        sizes = tuple(int(info["size"]) for info in infos)
+        whole = local
+        if sharded and local.shape:
+            whole = local.resized(sum(sizes))
+        shares = _shares([info["count"] for info in infos], local.num_rows, rank)
+        # The sum over ranks of share * rows / W is the global row; the wrapper averages likewise.
+        average = is_average(placement)
+        row_scale = tuple(s / len(infos) if average else 1.0 for s in shares)
+        shapes = tuple(tuple(BlockShape(*s) for s in info["shapes"]) for info in infos)
+        scale = tuple(s if average else 1.0 for s in shares)
+        return GlobalLayout(local, whole, sharded, sizes, rank, row_scale, scale, shapes)
+
+    @property
+    def objectives(self) -> int:
+        """The number of objectives for each entry of the sharded dimension."""
+        return self.whole.num_rows // max(1, sum(self.sizes))
+
+    def local_part(self, weights: Tensor) -> Tensor:
+        """This rank's slice of global weights, times its share of the samples."""
+        if tuple(weights.shape) != self.whole.shape:
+            raise ValueError(
+                f"Found weights of shape {tuple(weights.shape)}; expected {self.whole.shape}, one "
+                "weight for each objective of all ranks."
+            )
+        if self.sharded:
+            if not self.local.shape:
+                return weights
+            start = sum(self.sizes[: self.rank])
+            return weights.narrow(self.local.sharded_dim, start, self.sizes[self.rank])
+        scale = weights.new_tensor(self.backward_scale)
+        return self.local.shaped(self.local.rows_of(weights) * scale)
+
+
+@dataclass(frozen=True)
+class GramianParts:
+    """The global Gramian [m, m], with flags of the objectives that are not finite: [1, m] if every
+    rank has its own, else [W, m]: which rank's estimate is to blame."""
+
+    values: Tensor
+    flags: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether all objectives and their gradients are finite."""
+        return not bool(self.flags.any())
+
+
+def checked_count(count: Any, layout: OutputLayout, placement: Placement) -> list[float] | None:
+    """``count`` as one number per objective. Raises ValueError if it makes no sense."""
+    if count is None:
+        return None
+    if not is_average(placement):
+        raise ValueError(
+            f'Found count={count!r} with objectives={placement!r}; expected it with Partial("avg") '
+            "only, where objectives are means over samples."
+        )
+    if isinstance(count, Tensor):
+        count = count.tolist()
+    counts = [count] * layout.num_rows if isinstance(count, int | float) else list(count)
+    if len(counts) != layout.num_rows or any(c < 0 for c in counts):
+        raise ValueError(
+            f"Found count={count!r}; expected one non-negative number, or one for each of the "
+            f"{layout.num_rows} objectives."
+        )
+    return [float(c) for c in counts]
+
+
+def must_agree(
+    table: ParameterTable,
+    output: Tensor,
+    layout: OutputLayout,
+    placement: Placement,
+    has_count: bool,
+) -> dict[str, Any]:
+    """What has to be the same on every rank."""
+    shape = [str(s) for s in output.shape]
+    if is_sharded(placement) and shape:
+        shape[layout.sharded_dim] = "*"
+    described = [
+        f"{e.name}:{tuple(e.parameter.shape)}:{e.parameter.dtype}" for e in table.trainable
+    ]
+    digest = hashlib.blake2b("\n".join(described).encode(), digest_size=8).hexdigest()
+    return {
+        "shape of the objectives": f"[{', '.join(shape)}]",
+        "dtype of the objectives": str(output.dtype),
+        "batch_dim": layout.batch_dim,
+        "placement of the objectives": repr(placement),
+        "trainable parameters": f"{len(described)} with digest {digest}",
+        "whether count is given": has_count,
+    }
+
+
+def to_tell(
+    blocks: Blocks, layout: OutputLayout, counts: list[float] | None, samples: int
+) -> dict[str, Any]:
+    """What the other ranks need to know of this one.
+
+    Args:
+        blocks: Its blocks of rows.
+        layout: The layout of its output.
+        counts: Its samples per objective, if given.
+        samples: The batch size that its modules saw.
+    """
+    shapes = describe(blocks, factors=layout.batch_dim is not None)
+    return {
+        "size": layout.shape[layout.sharded_dim] if layout.shape else 1,
+        "samples": samples,
+        "count": counts,
+        "shapes": [list(asdict(shape).values()) for shape in shapes],
+    }
+
+
+def gramian(
+    distribution: Distribution,
+    layout: GlobalLayout,
+    blocks: Blocks,
+    output: Tensor,
+    table: ParameterTable,
+) -> GramianParts:
+    """The global Gramian in the engine's order of rows."""
+    group, device = distribution.group, output.device
+    entries = table.entries
+    columns = [e.parameter.numel() for e in entries]
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    for entry in entries:
+        dtype = torch.promote_types(dtype, entry.parameter.dtype)
+    finite = torch.isfinite(layout.local.rows_of(output.detach()))
+    m = layout.whole.num_rows
+    scale = torch.tensor(layout.row_scale, dtype=torch.float64, device=device)
+    if group.size == 1:
+        values = local_gramian(blocks, m, device)
+        dropped = scale == 0
+        values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
+        flags = (~finite | ~torch.isfinite(values.diagonal())) & ~dropped
+        return GramianParts(_symmetric(values), flags.unsqueeze(0))
+    if layout.sharded:
+        k = layout.objectives
+        steps = plan_exchange(layout.shapes, columns, layout.sizes, k)
+        values = sharded_rows_gramian(blocks, steps, group, layout.sizes, k, dtype, device)
+        flags = torch.zeros(1, m, dtype=torch.float64, device=device)
+        start = k * sum(layout.sizes[: group.rank])
+        flags[0, start : start + len(finite)] = (~finite).double()
+    else:
+        values, rows_finite = summed_rows_gramian(blocks, columns, scale, group, dtype, device)
+        flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
+        flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
+    # One buffer: the Gramian and the flags, in one collective.
+    buffer = torch.cat([values.reshape(-1), flags.reshape(-1)])
+    group.all_reduce(buffer)
+    values = buffer[: m * m].view(m, m)
+    flags = buffer[m * m :].view(-1, m) > 0
+    if layout.sharded:
+        flags = flags | ~torch.isfinite(values.diagonal())
+    return GramianParts(_symmetric(values), flags)
+
+
+def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjectiveError:
+    """The error that names the ranks and objectives that are not finite."""
+    places = []
+    for row in parts.flags.nonzero().tolist():
+        owner, objective = row
+        if layout.sharded:
+            sample, owner = objective // layout.objectives, 0
+            while sample >= layout.sizes[owner]:
+                sample -= layout.sizes[owner]
+                owner += 1
+        places.append(f"objective {objective} (rank {owner})")
+    listed = ", ".join(places[:8]) + (", ..." if len(places) > 8 else "")
+    return NonFiniteObjectiveError(
+        f"Found NaN or infinity in {listed}, or in its gradient; expected finite objectives. No "
+        ".grad was written. Lower the learning rate, look at that rank's data, or create the "
+        "engine with nonfinite='skip'."
+    )
+
+
+def _symmetric(gramian: Tensor) -> Tensor:
+    """Each pair of rows is multiplied once or twice, in some order: make both entries the same."""
+    return (gramian + gramian.T) / 2
+
+
+def _shares(counts: list[list[float] | None], m: int, rank: int) -> list[float]:
+    """W * c_r / sum of c over ranks, per objective; 1 without counts."""
+    mine = counts[rank]
+    if mine is None:
+        return [1.0] * m
+    totals = [sum(c[i] for c in counts if c is not None) for i in range(m)]
+    return [len(counts) * c / t if t else 0.0 for c, t in zip(mine, totals, strict=True)]

@@ -1,0 +1,78 @@
+"""One walk over the autograd graph of an output: which recorded calls and parameters it reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Size, Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from .capture import METADATA_KEY, Mark
+from .record import CallRecord
+
+
+@dataclass(eq=False)
+class ReachedCall:
+    """A recorded call with the graph edges of those of its outputs that the output depends on.
+
+    Attributes:
+        record: The call.
+        edges: For each such output, the edge at which its gradient is taken.
+        geometries: For outputs whose edge is that of their base: their shape and strides.
+    """
+
+    record: CallRecord
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
+    geometries: dict[int, tuple[Size, tuple[int, ...]]] = field(default_factory=dict)
+
+    def add(self, mark: Mark, node: Node) -> None:
+        """Notes that ``node``, which carries ``mark``, was reached."""
+        edge = GradientEdge(node, mark.output_nr)
+        if mark.geometry is None:
+            self.edges[mark.index] = edge
+            self.geometries.pop(mark.index, None)
+        elif mark.index not in self.edges:
+            self.edges[mark.index] = edge
+            self.geometries[mark.index] = mark.geometry
+
+    def output_gradient(self, index: int, gradient: Tensor) -> Tensor:
+        """The gradient of output ``index`` [k, *shape] from that at its edge."""
+        if index not in self.geometries:
+            return gradient
+        shape, strides = self.geometries[index]
+        flat = gradient.reshape(len(gradient), -1).contiguous()
+        return flat.as_strided((len(flat), *shape), (flat.stride(0), *strides))
+
+
+@dataclass(frozen=True, eq=False)
+class ReachedGraph:
+    """The recorded calls (in no particular order) and the leaf tensors below an output."""
+
+    calls: list[ReachedCall]
+    leaves: set[Tensor]
+
+
+def explore(output: Tensor) -> ReachedGraph:
+    """Walks the graph below ``output`` once.
+
+    Args:
+        output: A tensor of any shape; without a graph it reaches nothing.
+    """
+    calls: dict[CallRecord, ReachedCall] = {}
+    leaves: set[Tensor] = set()
+    stack: list[Node] = [] if output.grad_fn is None else [output.grad_fn]
+    # Holding the nodes is part of the bookkeeping: their Python wrappers are made on demand, and
+    # a wrapper that died could hand its id to another node.
+    seen: set[Node] = set(stack)
+    while stack:
+        node = stack.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            leaves.add(node.variable)  # type: ignore[attr-defined]
+            continue
+        for mark in node.metadata.get(METADATA_KEY, ()):
+            calls.setdefault(mark.record, ReachedCall(mark.record)).add(mark, node)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return ReachedGraph(list(calls.values()), leaves)

@@ -1,0 +1,93 @@
+"""How the elements of an output are the rows of the Jacobian, and back to the documented shapes.
+
+Inside the engine the objectives of a batched output are ordered sample by sample (row i * k + j is
+objective j of sample i): so the rows of several ranks, one rank after the other, are the rows of
+the concatenated batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """The shape of an output and which of its dimensions counts samples.
+
+    Args:
+        shape: The output's shape.
+        batch_dim: The dimension of the samples, non-negative, or None.
+    """
+
+    shape: tuple[int, ...]
+    batch_dim: int | None
+
+    @staticmethod
+    def of(output: Tensor, batch_dim: int | None) -> OutputLayout:
+        """Raises ValueError if ``output`` has no dimension ``batch_dim``."""
+        if batch_dim is not None:
+            if not -output.ndim <= batch_dim < output.ndim:
+                raise ValueError(
+                    f"Found an output of shape {tuple(output.shape)} with batch_dim={batch_dim}; "
+                    f"expected an output with such a dimension. Pass the vector of losses "
+                    "(reduction='none'), or use batch_dim=None."
+                )
+            batch_dim %= output.ndim
+        return OutputLayout(tuple(output.shape), batch_dim)
+
+    @property
+    def batch(self) -> int:
+        """b: the number of samples; 1 without a batch dimension."""
+        return 1 if self.batch_dim is None else self.shape[self.batch_dim]
+
+    @property
+    def objectives(self) -> int:
+        """k: the number of objectives of each sample."""
+        return prod(s for d, s in enumerate(self.shape) if d != self.batch_dim)
+
+    @property
+    def num_rows(self) -> int:
+        """m = b * k."""
+        return prod(self.shape)
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """A tensor of the output's shape as a vector [m] in the engine's order of rows."""
+        if self.batch_dim is not None:
+            tensor = tensor.movedim(self.batch_dim, 0)
+        return tensor.reshape(-1)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """The inverse of ``rows_of``: [m] -> the output's shape."""
+        if self.batch_dim is None:
+            return rows.reshape(self.shape)
+        rest = [s for d, s in enumerate(self.shape) if d != self.batch_dim]
+        return rows.reshape([self.batch, *rest]).movedim(0, self.batch_dim)
+
+    def generalized(self, gramian: Tensor) -> Tensor:
+        """[m, m] in the engine's order -> the generalized Gramian [m1, ..., mk, mk, ..., m1]."""
+        ndim = len(self.shape)
+        if self.batch_dim is None:
+            half: list[int] = list(self.shape)
+            order = list(range(ndim))
+        else:
+            rest = [d for d in range(ndim) if d != self.batch_dim]
+            half = [self.batch, *(self.shape[d] for d in rest)]
+            order = [0] * ndim
+            for position, dim in enumerate([self.batch_dim, *rest]):
+                order[dim] = position
+        full = gramian.reshape(half + half)
+        return full.permute([*order, *(ndim + d for d in reversed(order))])
+
+    @property
+    def sharded_dim(self) -> int:
+        """The dimension along which the objectives of several ranks are concatenated."""
+        return 0 if self.batch_dim is None else self.batch_dim
+
+    def resized(self, size: int) -> OutputLayout:
+        """The layout of the same output with another size of the sharded dimension."""
+        shape = list(self.shape)
+        shape[self.sharded_dim] = size
+        return OutputLayout(tuple(shape), self.batch_dim)

@@ -1,0 +1,294 @@
+"""This rank's part of the Jacobian: from an output's graph to one block of rows per parameter.
+
+Three ways lead to a parameter's rows, tried in this order:
+closed form
+    a registered rule on the recorded inputs and the gradients of the outputs;
+fallback
+    a vmapped re-run of the module, for any module with a batch dimension;
+direct
+    one backward pass per objective down to the parameter itself: always right, and slow. It serves
+    modules whose outputs are not batched, and parameters that are read without calling their module.
+
+The first time that a graph of some structure is seen, the blocks are checked: a random combination
+of their rows has to be the gradient that autograd gives. What fails is computed directly from then
+on, with a warning: slow, but never silently wrong.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .blocks import DenseBlock, JacobianBlock, sum_blocks
+from .differentiate import row_gradients, sample_gradients, weighted_gradients
+from .graph import ReachedCall, explore
+from .layout import OutputLayout
+from .parameters import Entry, Owner, ParameterTable
+from .record import LayerRecord
+from .rules.fallback import batched_leaves, vjp_rows
+
+Blocks = list[JacobianBlock | None]
+
+
+@dataclass(eq=False)
+class LocalPass:
+    """Computes blocks of rows, and remembers which parameters have to be computed directly.
+
+    Args:
+        table: The engine's parameters and owners.
+        batched: Whether the engine has a batch dimension.
+
+    Attributes:
+        samples: The batch size that the modules saw in the last pass, as far as can be told.
+    """
+
+    table: ParameterTable
+    batched: bool
+    samples: int = 0
+    _direct: dict[Hashable, frozenset[int]] = field(default_factory=dict)
+
+    def blocks(self, output: Tensor, layout: OutputLayout) -> Blocks:
+        """One block per entry of the table; None where the rows are all zero.
+
+        Args:
+            output: The objectives, with their graph, which is kept.
+            layout: The layout of ``output``.
+
+        Raises:
+            ModifiedInputError: An input of a recorded call was changed in place.
+        """
+        self.samples = 0
+        if layout.num_rows == 0:
+            return [None] * len(self.table.entries)
+        graph = explore(output)
+        reached = {
+            self.table.index_of[leaf]
+            for leaf in graph.leaves
+            if leaf in self.table.index_of and leaf.requires_grad
+        }
+        calls = self._usable_calls(graph.calls, layout)
+        self.samples = _samples_seen(calls)
+        signature = self._signature(calls, reached, layout)
+        known = self._direct.get(signature)
+        blocks, direct = self._compute(output, layout, calls, reached, known or frozenset())
+        if known is None:
+            wrong = self._check(output, layout, blocks, reached - direct)
+            self._warn_about(direct, wrong, had_calls=bool(graph.calls))
+            self._direct[signature] = direct | wrong
+            self._fill_directly(output, layout, blocks, wrong)
+        return blocks
+
+    def _usable_calls(
+        self, calls: Iterable[ReachedCall], layout: OutputLayout
+    ) -> list[tuple[Owner, ReachedCall]]:
+        usable = []
+        for call in calls:
+            owner = self.table.owner_of.get(call.record.module)
+            if owner is None or (owner.rule is None and not self.batched):
+                continue
+            shapes = [call.record.output_shapes[index] for index in call.edges]
+            if self.batched and any(len(s) == 0 or s[0] != layout.batch for s in shapes):
+                continue
+            call.record.check_unmodified(owner.name)
+            usable.append((owner, call))
+        return usable
+
+    def _signature(
+        self,
+        calls: list[tuple[Owner, ReachedCall]],
+        reached: set[int],
+        layout: OutputLayout,
+    ) -> Hashable:
+        """All that decides how rows are attributed, sizes of the batch and of positions aside."""
+        described = sorted(
+            (
+                self.table.index_of_owner[owner],
+                tuple(sorted(call.edges)),
+                call.record.training,
+                batched_leaves(call.record, layout.batch) if self.batched else (),
+            )
+            for owner, call in calls
+        )
+        return (tuple(described), frozenset(reached), layout.batch == 1, layout.objectives == 1)
+
+    def _compute(
+        self,
+        output: Tensor,
+        layout: OutputLayout,
+        calls: list[tuple[Owner, ReachedCall]],
+        reached: set[int],
+        known_direct: frozenset[int],
+    ) -> tuple[Blocks, frozenset[int]]:
+        """The blocks, and which of the reached parameters had to be computed directly."""
+        recorded = {
+            self.table.index_of[p] for owner, _ in calls for p in owner.paths.values()
+        } & reached
+        direct = (reached - recorded) | (known_direct & reached)
+        calls = [
+            (owner, call)
+            for owner, call in calls
+            if any(self.table.index_of[p] in reached - direct for p in owner.paths.values())
+        ]
+        edges: list[Tensor | GradientEdge] = []
+        for _, call in calls:
+            edges.extend(call.edges.values())
+        # Without a batch dimension every row is one pass anyway: take the parameters along.
+        along = [] if self.batched else [self._entry(i).parameter for i in sorted(direct)]
+        grads = iter(sample_gradients(output, layout, [*edges, *along]))
+        parts: dict[int, list[JacobianBlock]] = {}
+        failed: set[int] = set()
+        for owner, call in calls:
+            call_grads = [next(grads) for _ in call.edges]
+            try:
+                with torch.no_grad():
+                    self._run_rule(owner, call, call_grads, layout, reached - direct, parts)
+            except RuntimeError as error:
+                if owner.rule is not None:
+                    raise
+                warnings.warn(
+                    f"Module '{owner.name}' ({type(owner.module).__name__}) cannot be re-run under "
+                    f"vmap ({str(error).splitlines()[0]}); its parameters' rows are computed by "
+                    "one backward pass per objective. Register a rule for it "
+                    "(jddist.autogram.register_rule) or use batch_dim=None.",
+                    stacklevel=2,
+                )
+                failed |= {self.table.index_of[p] for p in owner.paths.values()} & reached
+        blocks: Blocks = [None] * len(self.table.entries)
+        for index, pieces in parts.items():
+            if index not in failed:
+                blocks[index] = sum_blocks(pieces)
+        for index in sorted(direct) if along else ():
+            rows = next(grads)
+            if rows is not None:
+                blocks[index] = DenseBlock(rows.reshape(layout.num_rows, -1))
+        self._fill_directly(output, layout, blocks, failed if along else direct | failed)
+        return blocks, frozenset(direct | failed)
+
+    def _run_rule(
+        self,
+        owner: Owner,
+        call: ReachedCall,
+        call_grads: list[Tensor | None],
+        layout: OutputLayout,
+        wanted: set[int],
+        parts: dict[int, list[JacobianBlock]],
+    ) -> None:
+        """Appends the blocks of one call to ``parts``."""
+        by_output = dict(zip(call.edges, call_grads, strict=True))
+        if all(g is None for g in call_grads):
+            return
+        grads: list[Tensor | None] = []
+        for index in range(len(call.record.output_shapes)):
+            g = by_output.get(index)
+            if g is not None:
+                g = call.output_gradient(index, g)
+                g = g if self.batched else g.unsqueeze(1)
+            grads.append(g)
+        args, kwargs = call.record.args, call.record.kwargs
+        record = LayerRecord(
+            call.record.module, args, kwargs, grads, call.record, layout.batch, self.batched
+        )
+        if owner.rule is not None:
+            found = owner.rule(record)
+        else:
+            paths = [p for p, q in owner.paths.items() if self.table.index_of[q] in wanted]
+            found = vjp_rows(record, paths)
+        for path, block in found.items():
+            index = self.table.index_of[owner.paths[path]]
+            if index in wanted:
+                assert block.num_rows == layout.num_rows
+                parts.setdefault(index, []).append(block)
+
+    def _fill_directly(
+        self, output: Tensor, layout: OutputLayout, blocks: Blocks, indices: Iterable[int]
+    ) -> None:
+        entries = [self._entry(i) for i in sorted(indices)]
+        rows = row_gradients(output, layout, [e.parameter for e in entries])
+        for entry, value in zip(entries, rows, strict=True):
+            blocks[entry.index] = (
+                None if value is None else DenseBlock(value.reshape(layout.num_rows, -1))
+            )
+
+    def _check(
+        self, output: Tensor, layout: OutputLayout, blocks: Blocks, indices: Iterable[int]
+    ) -> frozenset[int]:
+        """The parameters among ``indices`` whose blocks do not combine to autograd's gradient."""
+        entries = [self._entry(i) for i in sorted(indices)]
+        if not entries:
+            return frozenset()
+        generator = torch.Generator().manual_seed(layout.num_rows)
+        draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
+        draw = draw.to(device=output.device, dtype=output.dtype)
+        expected = weighted_gradients(output, layout.shaped(draw), [e.parameter for e in entries])
+        with torch.no_grad():
+            total = sum(float(g.double().norm() ** 2) for g in expected if g is not None) ** 0.5
+            return frozenset(
+                entry.index
+                for entry, gradient in zip(entries, expected, strict=True)
+                if not _agree(blocks[entry.index], draw, gradient, total)
+            )
+
+    def _warn_about(
+        self, direct: frozenset[int], wrong: frozenset[int], *, had_calls: bool
+    ) -> None:
+        if direct and self.batched:
+            names = ", ".join(self._entry(i).name for i in sorted(direct))
+            reason = (
+                "are read by the graph without a batched call of their module"
+                if had_calls
+                else "have no recorded call (create the Engine before the forward pass)"
+            )
+            warnings.warn(
+                f"The parameters {names} {reason}: their rows are computed by one backward pass "
+                "per objective, which is exact but slow.",
+                stacklevel=2,
+            )
+        if wrong:
+            names = ", ".join(self._entry(i).name for i in sorted(wrong))
+            warnings.warn(
+                f"The rows of the parameters {names}, rebuilt from the recorded calls, do not add "
+                "up to autograd's gradient: a module mixes the samples, its tensors do not have "
+                "the samples first, or its parameters are also read without calling it. Their "
+                "rows are computed by one backward pass per objective, which is exact but slow.",
+                stacklevel=2,
+            )
+
+    def _entry(self, index: int) -> Entry:
+        return self.table.entries[index]
+
+
+def _agree(
+    block: JacobianBlock | None, weights: Tensor, expected: Tensor | None, total: float
+) -> bool:
+    """Whether the rows of ``block``, combined, are the ``expected`` gradient up to rounding.
+
+    Rows attributed to wrong samples miss by the size of the gradient itself; rounding, also of
+    half-precision activations, stays far below the bound. ``total`` is the norm of the gradient of
+    all parameters: some gradients are zero but for rounding (the bias of attention keys).
+    """
+    eps = torch.finfo(weights.dtype if expected is None else expected.dtype).eps
+    combined = None if block is None else block.combine(weights).double()
+    target = None if expected is None else expected.reshape(-1).double()
+    if combined is None and target is None:
+        return True
+    if combined is None or target is None:
+        present = combined if combined is not None else target
+        assert present is not None
+        difference = scale = present.norm()
+    else:
+        difference = (combined - target).norm()
+        scale = combined.norm() + target.norm()
+    if not torch.isfinite(scale):
+        return True  # the finiteness check names the objective
+    return bool(difference <= min(0.1, 30 * eps**0.5) * scale + min(0.1, 1e3 * eps) * total)
+
+
+def _samples_seen(calls: list[tuple[Owner, ReachedCall]]) -> int:
+    """The batch size of the largest input of the calls: a guess that serves a warning only."""
+    inputs = (leaf for _, call in calls for leaf, _ in call.record.watched if leaf.ndim > 1)
+    return max((leaf.shape[0] for leaf in inputs), default=0)

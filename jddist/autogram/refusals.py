@@ -1,0 +1,58 @@
+"""Modules with which a batched or a multi-rank Gramian cannot be exact, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from jddist.errors import UnsupportedModelError
+
+
+def check_modules(scope: Mapping[nn.Module, str], *, batched: bool, num_ranks: int) -> None:
+    """Raises UnsupportedModelError if a module in scope mixes samples or changes state.
+
+    Args:
+        scope: The modules with their names.
+        batched: Whether the engine has a batch dimension.
+        num_ranks: The number of ranks over which the objectives are spread.
+    """
+    for module, name in scope.items():
+        if isinstance(module, _BatchNorm) and module.training:
+            _check_batch_norm(module, name, batched, num_ranks)
+        elif batched and isinstance(module, nn.RNNBase):
+            raise UnsupportedModelError(
+                f"Found module '{name}' ({type(module).__name__}) in an engine with a batch_dim; "
+                "expected modules whose inputs and outputs all have the samples first (an RNN's "
+                "hidden state has not). Use batch_dim=None."
+            )
+        elif (
+            batched
+            and isinstance(module, _InstanceNorm)
+            and module.track_running_stats
+            and module.training
+        ):
+            raise UnsupportedModelError(
+                f"Found module '{name}' ({type(module).__name__}) with track_running_stats=True "
+                "in training mode; expected a module without side effects, since its forward may "
+                "run twice. Set track_running_stats=False, or use batch_dim=None."
+            )
+
+
+def _check_batch_norm(module: nn.Module, name: str, batched: bool, num_ranks: int) -> None:
+    kind = type(module).__name__
+    if batched:
+        raise UnsupportedModelError(
+            f"Found module '{name}' ({kind}) in training mode in an engine with a batch_dim; "
+            "expected modules that treat the samples independently, and this one normalises over "
+            "the batch. Replace it by GroupNorm or InstanceNorm, put it in eval mode, or use "
+            "batch_dim=None."
+        )
+    if num_ranks > 1:
+        raise UnsupportedModelError(
+            f"Found module '{name}' ({kind}) in training mode on {num_ranks} ranks; expected a "
+            "module whose result does not depend on how the batch is split over the ranks. "
+            "Replace it by GroupNorm or InstanceNorm, or put it in eval mode."
+        )

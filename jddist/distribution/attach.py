@@ -1,0 +1,52 @@
+"""``attach``: tells jddist how a wrapped model's parameters are distributed."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.tensor import Placement, Shard
+
+from jddist.errors import UnattachedParameterError
+
+from .base import Distribution
+from .local import Local
+from .select import num_ranks, select
+
+
+def attach(
+    model: nn.Module,
+    *,
+    objectives: Placement | None = None,
+    batch_dim: int | None = None,
+) -> Distribution:
+    """Makes ``mtl_backward``, ``backward``, ``jac`` and ``jac_to_grad`` global for a model.
+
+    Args:
+        model: The wrapped model (DistributedDataParallel), or a plain one in a single process.
+            Every rank has to call, since a group for small messages may be created.
+        objectives: Where the rows of the Jacobian live: ``Shard(0)`` if every rank has objectives
+            of its own, ``Partial("avg")`` or ``Partial("sum")`` if every rank has an estimate of
+            the same objectives. ``backward`` and ``jac`` need it on several ranks;
+            ``mtl_backward`` is always ``Partial``. If None and ``batch_dim`` is given, ``Shard(0)``.
+        batch_dim: The dimension of the samples in the tensor of losses, if they are objectives.
+
+    Returns:
+        The distribution; its ``detach()`` undoes the call.
+
+    Raises:
+        UnsupportedModelError: The wrapper is not supported.
+        UnattachedParameterError: Several ranks run and the model is not wrapped.
+        ValueError: ``objectives`` is no placement that rows can have.
+    """
+    if objectives is None and batch_dim is not None:
+        objectives = Shard(0)
+    distribution = select([model], objectives)
+    if distribution is None:
+        if num_ranks() > 1:
+            raise UnattachedParameterError(
+                f"Found a plain {type(model).__name__} while {num_ranks()} ranks run; expected a "
+                "wrapper that says how its parameters are distributed. Wrap it in "
+                "DistributedDataParallel first."
+            )
+        distribution = Local(objectives)
+        distribution.register(model)
+    return distribution

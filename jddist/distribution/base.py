@@ -1,0 +1,115 @@
+"""How a model's parameters and objectives are spread over ranks: the seam under everything else.
+
+The engine and autojac ask a Distribution for a handful of verbs and never see the wrapper. A
+placement says in DTensor's words where the rows of the Jacobian live: ``Shard(0)``: every rank has
+objectives of its own; ``Partial("avg")`` or ``Partial("sum")``: every rank has an estimate of the
+same rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.distributed.tensor import Partial, Placement, Shard
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .collectives import Group
+from .handshake import Handshake
+from .once import run_on_rank_zero
+
+# The distribution that each attached parameter belongs to.
+_attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class Distribution(ABC):
+    """How some parameters are distributed over ranks.
+
+    Args:
+        group: The ranks over which the objectives are spread.
+        objectives: The placement that was stated for autojac's rows, or None.
+
+    Attributes:
+        group: The ranks over which the objectives are spread.
+        objectives: The placement stated at ``attach``, or None if none was.
+        names: The attached parameters with their names, in the model's order.
+        divisor: The number by which the wrapper divides the sum of the ranks' gradients: the
+            number of ranks over which it averages. Set it to 1 if you registered a communication
+            hook that sums.
+    """
+
+    def __init__(self, group: Group, objectives: Placement | None) -> None:
+        self.group = group
+        self.objectives = None if objectives is None else check_placement(objectives)
+        self.divisor: float = group.size
+        # Weak: the table of attached parameters owns this object, and must not keep models alive.
+        self.names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.handshake = Handshake(group)
+        self.row_placements: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the parameters are wrapped in, in words."""
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Guards differentiation that must not look like the wrapper's own backward."""
+        yield
+
+    def backward_factor(self, placement: Placement) -> float:
+        """By what the global weights are multiplied before the wrapper's own reduction.
+
+        The wrapper sums the ranks' gradients and divides by ``divisor``. Rows of its own
+        (``Shard(0)``) and rows that add up (``Partial("sum")``) want the plain sum; estimates of
+        the same rows (``Partial("avg")``) want the mean over ranks.
+        """
+        if is_average(placement):
+            return self.divisor / self.group.size
+        return self.divisor
+
+    def run_once(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
+        """Weights [shape as ``weighting`` returns] from one run on rank 0, the same everywhere."""
+        return run_on_rank_zero(self.group, weighting, statistic)
+
+    def register(self, module: nn.Module) -> None:
+        """Makes this the distribution of the module's parameters."""
+        for name, parameter in module.named_parameters():
+            self.names[parameter] = name
+            _attached[parameter] = self
+
+    def detach(self) -> None:
+        """Undoes ``attach``: forgets the parameters."""
+        for parameter in list(self.names):
+            if _attached.get(parameter) is self:
+                del _attached[parameter]
+        self.names = WeakIdKeyDictionary()
+
+
+def attached_distribution(parameter: Tensor) -> Distribution | None:
+    """The distribution that ``parameter`` was attached to, if any."""
+    found: Distribution | None = _attached.get(parameter)
+    return found
+
+
+def check_placement(placement: Placement) -> Placement:
+    """Raises ValueError unless rows can be placed so: Shard(0), Partial("avg") or Partial("sum")."""
+    if isinstance(placement, Shard) and placement.dim == 0:
+        return placement
+    if isinstance(placement, Partial) and placement.reduce_op in ("avg", "sum"):
+        return placement
+    raise ValueError(
+        f"Found objectives={placement!r}; expected Shard(0) (every rank has objectives of its own)"
+        ', Partial("avg") or Partial("sum") (every rank has an estimate of the same objectives).'
+    )
+
+
+def is_sharded(placement: Placement) -> bool:
+    """Whether every rank has objectives of its own."""
+    return isinstance(placement, Shard)
+
+
+def is_average(placement: Placement) -> bool:
+    """Whether the global objectives are the means over ranks."""
+    return isinstance(placement, Partial) and placement.reduce_op == "avg"

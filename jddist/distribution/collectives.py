@@ -1,0 +1,139 @@
+"""A group of ranks and the few collectives that jddist needs. The only callers of torch.distributed's.
+
+With one rank every operation is the identity, so one process takes the same path as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed these two; older versions have the old names alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Group:
+    """Some ranks of a process group, with this rank among them.
+
+    Args:
+        process_group: The process group, or None for this process alone.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        self.process_group = process_group
+        self.size = 1 if process_group is None else dist.get_world_size(process_group)
+        self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self._control = process_group
+        if self.size > 1 and dist.get_backend(process_group) != "gloo":
+            # Row counts, shapes and error messages travel between hosts' memories: over NCCL they
+            # would cost a device synchronisation each.
+            ranks = dist.get_process_group_ranks(process_group)
+            self._control = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+    def gather_header(self, header: Tensor) -> Tensor:
+        """Every rank's int64 CPU vector [h], stacked: [W, h]."""
+        if self.size == 1:
+            return header.unsqueeze(0)
+        gathered = header.new_empty(self.size * len(header))
+        _all_gather(gathered, header, group=self._control)
+        return gathered.view(self.size, -1)
+
+    def gather_payloads(self, payload: bytes, lengths: Sequence[int]) -> list[bytes]:
+        """Every rank's bytes, whose lengths are known already."""
+        if self.size == 1:
+            return [payload]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        gathered = torch.empty(self.size * len(padded), dtype=torch.uint8)
+        _all_gather(gathered, padded, group=self._control)
+        rows = gathered.view(self.size, -1)
+        return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
+
+    def broadcast_payload(self, payload: bytes | None, length: int) -> bytes:
+        """Rank 0's bytes, of a length that every rank knows."""
+        if self.size == 1:
+            assert payload is not None
+            return payload
+        buffer = torch.zeros(length, dtype=torch.uint8)
+        if payload is not None:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, group=self._control, group_src=0)
+        return bytes(buffer.tolist())
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.process_group, group_src=0)
+        return tensor
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def all_gather_uneven(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Every rank's vector; their lengths may differ, and are known already.
+
+        gloo has no uneven all-gather: the vectors are padded to the longest.
+        """
+        if self.size == 1:
+            return [tensor]
+        longest = max(lengths)
+        padded = tensor
+        if len(tensor) < longest:
+            padded = tensor.new_zeros(longest)
+            padded[: len(tensor)] = tensor
+        gathered = tensor.new_empty(self.size * longest)
+        _all_gather(gathered, padded.contiguous(), group=self.process_group)
+        return [row[:n] for row, n in zip(gathered.view(self.size, -1), lengths, strict=True)]
+
+    def rows_to_columns(self, rows: Tensor, row_counts: Sequence[int]) -> Tensor:
+        """From every rank's rows [m_r, p] to this rank's columns of all rows [M, p_r]."""
+        if self.size == 1:
+            return rows
+        bounds = column_bounds(rows.shape[1], self.size)
+        widths = [stop - start for start, stop in bounds]
+        sent = torch.cat([rows[:, start:stop].reshape(-1) for start, stop in bounds])
+        mine = widths[self.rank]
+        received = rows.new_empty(sum(row_counts) * mine)
+        dist.all_to_all_single(
+            received,
+            sent,
+            [count * mine for count in row_counts],
+            [rows.shape[0] * width for width in widths],
+            group=self.process_group,
+        )
+        return received.view(sum(row_counts), mine)
+
+    def reduce_columns(self, rows: Tensor) -> Tensor:
+        """From every rank's estimate [m, p] of the same rows to this rank's columns of their sum."""
+        if self.size == 1:
+            return rows
+        m, p = rows.shape
+        bounds = column_bounds(p, self.size)
+        width = -(-p // self.size)
+        sent = rows.new_zeros(self.size, m, width)
+        for r, (start, stop) in enumerate(bounds):
+            sent[r, :, : stop - start] = rows[:, start:stop]
+        received = rows.new_empty(m, width)
+        _reduce_scatter(received, sent, group=self.process_group)
+        start, stop = bounds[self.rank]
+        return received[:, : stop - start]
+
+    def gather_columns(self, columns: Tensor, total: int) -> Tensor:
+        """From every rank's part [p_r] of a vector to the whole vector [p]."""
+        if self.size == 1:
+            return columns
+        widths = [stop - start for start, stop in column_bounds(total, self.size)]
+        return torch.cat(self.all_gather_uneven(columns, widths))
+
+
+def column_bounds(total: int, parts: int) -> list[tuple[int, int]]:
+    """How ``total`` columns are cut into ``parts`` shards: the first ones full, the last short."""
+    width = -(-total // parts)
+    return [(min(total, r * width), min(total, (r + 1) * width)) for r in range(parts)]

@@ -1,0 +1,143 @@
+"""The one place that turns a model, wrapped or not, into its Distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement
+from torch.nn.parallel import DataParallel as ThreadedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from jddist.errors import UnattachedParameterError, UnsupportedModelError
+
+from .base import Distribution, attached_distribution
+from .data_parallel import DataParallel
+from .local import Local
+
+
+def num_ranks() -> int:
+    """The number of ranks that run, whether or not they have to do with each other."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's model inside its wrapper."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distribution | None:
+    """The distribution that the modules' wrappers state, or None if there is no wrapper.
+
+    Raises:
+        UnsupportedModelError: The modules are wrapped in something that is not supported, or only
+            some of the trainable parameters are wrapped.
+    """
+    modules = list(modules)
+    wrappers: dict[DistributedDataParallel, None] = {}
+    for root in modules:
+        _refuse_unsupported(root)
+        for module in root.modules():
+            _refuse_unsupported(module)
+            if isinstance(module, DistributedDataParallel):
+                wrappers[module] = None
+    _refuse_sharded(p for root in modules for p in root.parameters())
+    if not wrappers:
+        return None
+    distribution = _attached_already(wrappers, objectives) or DataParallel(
+        list(wrappers), objectives
+    )
+    bare = [
+        name
+        for root in modules
+        for name, p in root.named_parameters()
+        if p.requires_grad and p not in distribution.names
+    ]
+    if bare and distribution.group.size > 1:
+        distribution.detach()
+        raise UnsupportedModelError(
+            f"Found trainable parameters outside of the DistributedDataParallel wrappers: "
+            f"{', '.join(bare)}; expected all of them inside. Wrap the whole model."
+        )
+    return distribution
+
+
+def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) -> Distribution:
+    """The distribution that all the parameters belong to.
+
+    Args:
+        parameters: Parameters that will get gradients.
+        given: What the caller stated explicitly, if anything.
+
+    Raises:
+        UnattachedParameterError: Several ranks run and a parameter belongs to none.
+        ValueError: The parameters belong to different distributions.
+    """
+    if given is not None:
+        return given
+    parameters = list(parameters)
+    found = [attached_distribution(p) for p in parameters]
+    known = {id(d): d for d in found if d is not None}
+    if len(known) > 1:
+        raise ValueError(
+            f"Found parameters of {len(known)} separately attached models in one call; expected "
+            "those of one. Attach one wrapper that contains them all."
+        )
+    missing = [p for p, d in zip(parameters, found, strict=True) if d is None]
+    if missing and (num_ranks() > 1 or known):
+        if num_ranks() == 1:
+            return Local()
+        shapes = ", ".join(str(tuple(p.shape)) for p in missing[:5])
+        raise UnattachedParameterError(
+            f"Found {len(missing)} parameters (of shapes {shapes}) that belong to no attached "
+            f"model while {num_ranks()} ranks run; expected to know how they are distributed. "
+            "Wrap the model in DistributedDataParallel and call jddist.attach(model) (an Engine on "
+            "the wrapper does), or pass distribution=Local() if every rank is meant to work alone."
+        )
+    return next(iter(known.values()), None) or Local()
+
+
+def _attached_already(
+    wrappers: Iterable[DistributedDataParallel], objectives: Placement | None
+) -> DataParallel | None:
+    """The distribution of an earlier ``attach``, unless this call states other objectives."""
+    wrappers = list(wrappers)
+    found = {id(d): d for w in wrappers for d in (attached_distribution(p) for p in w.parameters())}
+    if len(found) != 1:
+        return None
+    (distribution,) = found.values()
+    if not isinstance(distribution, DataParallel) or distribution.wrappers != wrappers:
+        return None
+    if objectives is not None and distribution.objectives != objectives:
+        return None
+    return distribution
+
+
+def _refuse_unsupported(module: nn.Module) -> None:
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    if isinstance(module, ThreadedDataParallel):
+        found, fix = "torch.nn.DataParallel", "Use DistributedDataParallel with one process a GPU."
+    elif "FullyShardedDataParallel" in kinds:
+        found, fix = "FSDP1", "Use DistributedDataParallel."
+    elif "FSDPModule" in kinds:
+        found, fix = "fully_shard (FSDP2)", "Use DistributedDataParallel."
+    elif "DeepSpeedEngine" in kinds:
+        found, fix = "a DeepSpeed engine", "Use DistributedDataParallel."
+    else:
+        return
+    raise UnsupportedModelError(
+        f"Found a model wrapped in {found}; expected a plain model or DistributedDataParallel, "
+        f"which are the wrappers supported so far. {fix}"
+    )
+
+
+def _refuse_sharded(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            raise UnsupportedModelError(
+                "Found a parameter that is a DTensor; expected plain parameters: sharded "
+                "parameters are not supported yet. Use DistributedDataParallel."
+            )

@@ -1,0 +1,31 @@
+"""The named errors of jddist. On several ranks each of them is raised on every rank."""
+
+from __future__ import annotations
+
+
+class JddistError(Exception):
+    """Base class of all errors of jddist's own."""
+
+
+class LayoutMismatchError(JddistError, ValueError):
+    """The ranks disagree on something that must be the same everywhere (it names each value)."""
+
+
+class NonFiniteObjectiveError(JddistError, ValueError):
+    """An objective or its gradient is NaN or infinite. No ``.grad`` was written."""
+
+
+class RankError(JddistError, RuntimeError):
+    """Some rank raised an exception before the ranks exchanged anything (it names rank and cause)."""
+
+
+class UnattachedParameterError(JddistError, RuntimeError):
+    """Several ranks run, but it is unknown how these parameters are distributed over them."""
+
+
+class UnsupportedModelError(JddistError, ValueError):
+    """A module or wrapper with which the exact answer cannot be given (it names the fix)."""
+
+
+class ModifiedInputError(JddistError, RuntimeError):
+    """A tensor that a layer had read was changed in place before the Gramian was computed."""
