@@ -3,6 +3,7 @@
 from ._stateful import Stateful
 from .autogram import Engine as _Engine  # noqa: F401  (first: the distribution builds on its blocks)
 from .distribution import attach
+from .verify import verify
 
-__all__ = ["Stateful", "attach"]
+__all__ = ["Stateful", "attach", "verify"]
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ class NonFiniteObjectiveError(JddistError, ValueError):
 
 
 class RankError(JddistError, RuntimeError):
-    """Some rank raised an exception before the ranks exchanged anything (it names rank and cause)."""
+    """Some rank raised before the ranks exchanged anything (it names rank and cause)."""
 
 
 class UnattachedParameterError(JddistError, RuntimeError):

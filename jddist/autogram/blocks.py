@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-# Elements of a materialised tile of rows; large enough for efficient products, small beside a model.
+# Elements of a tile of rows: large enough for efficient products, small beside a model.
 _TILE = 1 << 22
 
 

@@ -1,7 +1,7 @@
 """Forward hooks that leave a CallRecord on the graph nodes of each hooked module's outputs.
 
 A module is hooked once however many engines use it. The records belong to the autograd graph, not
-to an engine: when the graph is freed they go with it, so a validation forward leaves nothing behind.
+to an engine: they go when the graph is freed, so a validation forward leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .record import AutocastSnapshot, CallRecord, RngSnapshot
 
-METADATA_KEY = "jddist"
+_METADATA_KEY = "jddist"
 
 _paused = 0  # a plain counter: on CUDA, recomputed forwards run in autograd's own threads
 _taps: weakref.WeakKeyDictionary[nn.Module, _Tap] = weakref.WeakKeyDictionary()
@@ -36,7 +37,8 @@ def paused() -> Iterator[None]:
         _paused -= 1
 
 
-class Mark(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Mark:
     """What is left on a graph node: which output of which call its gradient belongs to.
 
     Attributes:
@@ -133,9 +135,16 @@ class _Tap:
         return output, False
 
 
+def marks_of(node: Node) -> list[Mark]:
+    """The marks on a graph node."""
+    metadata: dict[str, list[Mark]] = node.metadata  # type: ignore[assignment]
+    return metadata.get(_METADATA_KEY, [])
+
+
 def _mark(tensor: Tensor, mark: Mark) -> None:
     if tensor.grad_fn is not None:
-        tensor.grad_fn.metadata.setdefault(METADATA_KEY, []).append(mark)
+        metadata: dict[str, list[Mark]] = tensor.grad_fn.metadata  # type: ignore[assignment]
+        metadata.setdefault(_METADATA_KEY, []).append(mark)
 
 
 class Capture:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,9 +73,10 @@ def weighted_gradients(
 
 
 def _vjps(
-    output: Tensor, inputs: Sequence[Tensor | GradientEdge], cotangents: Tensor
+    output: Tensor, at: Sequence[Tensor | GradientEdge], cotangents: Tensor
 ) -> list[Tensor | None]:
     """One vector-Jacobian product for each entry of ``cotangents`` [k, *output.shape]."""
+    inputs: Any = at  # torch takes a mixed sequence; its annotation does not say so
     with paused(), warnings.catch_warnings():
         # vmap announces operators that it has to loop over; the result is the same.
         warnings.filterwarnings("ignore", message="There is a performance drop")

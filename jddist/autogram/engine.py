@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch.distributed.tensor import Partial, Placement, Shard
 
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
+from jddist.distribution.once import Job
 from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
@@ -131,7 +131,7 @@ class Engine:
             LayoutMismatchError: The ranks disagree on shapes, dtype or parameters.
             RankError: Another rank failed before the exchange.
         """
-        layout, blocks = self._prepare("Engine.compute_gramian", output, count, needs_rows=True)
+        layout, blocks = self.prepare("Engine.compute_gramian", output, count)
         parts = global_pass.gramian(self._distribution, layout, blocks, output, self._table)
         self._layout, self._skip = layout, False
         if not parts.finite:
@@ -167,12 +167,7 @@ class Engine:
         shape = gramian.shape[: gramian.ndim // 2]
         if self._skip or gramian.numel() == 0:
             return gramian.new_zeros(shape)
-        weights = self._distribution.run_once(weighting, gramian)
-        if weights.shape != shape:
-            raise ValueError(
-                f"Found weights of shape {tuple(weights.shape)}; expected {tuple(shape)}, one "
-                "weight per objective."
-            )
+        (weights,) = self._distribution.run_once([Job(weighting, gramian, shape)])
         return weights
 
     def local_weights(self, weights: Tensor, /) -> Tensor:
@@ -225,7 +220,7 @@ class Engine:
             The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched.
         """
         if isinstance(weighting_or_weights, Tensor):
-            self._layout, _ = self._prepare("Engine.backward", output, count, needs_rows=False)
+            self._layout, _ = self.prepare("Engine.backward", output, count, needs_rows=False)
             self._skip = False
             weights = weighting_or_weights
         else:
@@ -236,10 +231,17 @@ class Engine:
             output.backward(local, retain_graph=retain_graph)
         return weights
 
-    def _prepare(
-        self, call: str, output: Tensor, count: Count | None, *, needs_rows: bool
+    def prepare(
+        self, call: str, output: Tensor, count: Count | None, *, needs_rows: bool = True
     ) -> tuple[GlobalLayout, Blocks]:
-        """The local pass and the handshake; what fails here fails on every rank."""
+        """The first two stages, the local pass and the handshake. What fails fails on every rank.
+
+        Args:
+            call: The public function under way, which has to be the same on every rank.
+            output: This rank's objectives.
+            count: See ``compute_gramian``.
+            needs_rows: Whether to compute blocks; without them only the layout is agreed on.
+        """
         error: Exception | None = None
         blocks: Blocks = []
         agree: dict[str, Any] = {}

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn.parameter import Parameter
 
-from .capture import METADATA_KEY, Mark
+from .capture import Mark, marks_of
 from .record import CallRecord
 
 
@@ -49,7 +50,7 @@ class ReachedGraph:
     """The recorded calls (in no particular order) and the leaf tensors below an output."""
 
     calls: list[ReachedCall]
-    leaves: set[Tensor]
+    leaves: set[Parameter]
 
 
 def explore(output: Tensor) -> ReachedGraph:
@@ -59,7 +60,7 @@ def explore(output: Tensor) -> ReachedGraph:
         output: A tensor of any shape; without a graph it reaches nothing.
     """
     calls: dict[CallRecord, ReachedCall] = {}
-    leaves: set[Tensor] = set()
+    leaves: set[Parameter] = set()
     stack: list[Node] = [] if output.grad_fn is None else [output.grad_fn]
     # Holding the nodes is part of the bookkeeping: their Python wrappers are made on demand, and
     # a wrapper that died could hand its id to another node.
@@ -67,9 +68,10 @@ def explore(output: Tensor) -> ReachedGraph:
     while stack:
         node = stack.pop()
         if type(node).__name__ == "AccumulateGrad":
+            # A leaf may be a plain tensor; then no table of parameters knows it.
             leaves.add(node.variable)  # type: ignore[attr-defined]
             continue
-        for mark in node.metadata.get(METADATA_KEY, ()):
+        for mark in marks_of(node):
             calls.setdefault(mark.record, ReachedCall(mark.record)).add(mark, node)
         for child, _ in node.next_functions:
             if child is not None and child not in seen:

@@ -7,7 +7,7 @@ fallback
     a vmapped re-run of the module, for any module with a batch dimension;
 direct
     one backward pass per objective down to the parameter itself: always right, and slow. It serves
-    modules whose outputs are not batched, and parameters that are read without calling their module.
+    modules whose outputs are not batched, and parameters read without calling their module.
 
 The first time that a graph of some structure is seen, the blocks are checked: a random combination
 of their rows has to be the gradient that autograd gives. What fails is computed directly from then
@@ -16,6 +16,7 @@ on, with a warning: slow, but never silently wrong.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -78,6 +79,8 @@ class LocalPass:
         blocks, direct = self._compute(output, layout, calls, reached, known or frozenset())
         if known is None:
             wrong = self._check(output, layout, blocks, reached - direct)
+            if wrong is None:
+                return blocks  # NaN proves nothing: check again next time
             self._warn_about(direct, wrong, had_calls=bool(graph.calls))
             self._direct[signature] = direct | wrong
             self._fill_directly(output, layout, blocks, wrong)
@@ -216,8 +219,11 @@ class LocalPass:
 
     def _check(
         self, output: Tensor, layout: OutputLayout, blocks: Blocks, indices: Iterable[int]
-    ) -> frozenset[int]:
-        """The parameters among ``indices`` whose blocks do not combine to autograd's gradient."""
+    ) -> frozenset[int] | None:
+        """The parameters among ``indices`` whose blocks do not combine to autograd's gradient.
+
+        None if that gradient is not finite.
+        """
         entries = [self._entry(i) for i in sorted(indices)]
         if not entries:
             return frozenset()
@@ -227,6 +233,8 @@ class LocalPass:
         expected = weighted_gradients(output, layout.shaped(draw), [e.parameter for e in entries])
         with torch.no_grad():
             total = sum(float(g.double().norm() ** 2) for g in expected if g is not None) ** 0.5
+            if not math.isfinite(total):
+                return None
             return frozenset(
                 entry.index
                 for entry, gradient in zip(entries, expected, strict=True)
@@ -283,8 +291,6 @@ def _agree(
     else:
         difference = (combined - target).norm()
         scale = combined.norm() + target.norm()
-    if not torch.isfinite(scale):
-        return True  # the finiteness check names the objective
     return bool(difference <= min(0.1, 30 * eps**0.5) * scale + min(0.1, 1e3 * eps) * total)
 
 

@@ -26,7 +26,7 @@ def attach(
         objectives: Where the rows of the Jacobian live: ``Shard(0)`` if every rank has objectives
             of its own, ``Partial("avg")`` or ``Partial("sum")`` if every rank has an estimate of
             the same objectives. ``backward`` and ``jac`` need it on several ranks;
-            ``mtl_backward`` is always ``Partial``. If None and ``batch_dim`` is given, ``Shard(0)``.
+            ``mtl_backward`` is always ``Partial``. ``Shard(0)`` by default with a ``batch_dim``.
         batch_dim: The dimension of the samples in the tensor of losses, if they are objectives.
 
     Returns:

@@ -9,7 +9,7 @@ same rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .collectives import Group
 from .handshake import Handshake
-from .once import run_on_rank_zero
+from .once import Job, run_on_rank_zero
 
 # The distribution that each attached parameter belongs to.
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -69,9 +69,9 @@ class Distribution(ABC):
             return self.divisor / self.group.size
         return self.divisor
 
-    def run_once(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
-        """Weights [shape as ``weighting`` returns] from one run on rank 0, the same everywhere."""
-        return run_on_rank_zero(self.group, weighting, statistic)
+    def run_once(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """The weights of each job from one run on rank 0, the same on every rank."""
+        return run_on_rank_zero(self.group, jobs)
 
     def register(self, module: nn.Module) -> None:
         """Makes this the distribution of the module's parameters."""
@@ -94,7 +94,7 @@ def attached_distribution(parameter: Tensor) -> Distribution | None:
 
 
 def check_placement(placement: Placement) -> Placement:
-    """Raises ValueError unless rows can be placed so: Shard(0), Partial("avg") or Partial("sum")."""
+    """Raises ValueError unless it is Shard(0), Partial("avg") or Partial("sum")."""
     if isinstance(placement, Shard) and placement.dim == 0:
         return placement
     if isinstance(placement, Partial) and placement.reduce_op in ("avg", "sum"):

@@ -1,4 +1,4 @@
-"""A group of ranks and the few collectives that jddist needs. The only callers of torch.distributed's.
+"""A group of ranks and the few collectives that jddist needs; nothing else calls any.
 
 With one rank every operation is the identity, so one process takes the same path as many.
 """
@@ -111,7 +111,7 @@ class Group:
         return received.view(sum(row_counts), mine)
 
     def reduce_columns(self, rows: Tensor) -> Tensor:
-        """From every rank's estimate [m, p] of the same rows to this rank's columns of their sum."""
+        """From every rank's estimate [m, p] of the same rows to this rank's columns of the sum."""
         if self.size == 1:
             return rows
         m, p = rows.shape
@@ -120,10 +120,10 @@ class Group:
         sent = rows.new_zeros(self.size, m, width)
         for r, (start, stop) in enumerate(bounds):
             sent[r, :, : stop - start] = rows[:, start:stop]
-        received = rows.new_empty(m, width)
-        _reduce_scatter(received, sent, group=self.process_group)
+        received = rows.new_empty(m * width)
+        _reduce_scatter(received, sent.view(-1), group=self.process_group)
         start, stop = bounds[self.rank]
-        return received[:, : stop - start]
+        return received.view(m, width)[:, : stop - start]
 
     def gather_columns(self, columns: Tensor, total: int) -> Tensor:
         """From every rank's part [p_r] of a vector to the whole vector [p]."""

@@ -1,6 +1,6 @@
-"""Runs a weighting on rank 0 alone and makes every rank leave with the same result and state.
+"""Runs weightings on rank 0 alone and makes every rank leave with the same results and state.
 
-What follows the weights: an exception with its message, the state of a stateful weighting, and
+What follows the weights: an exception with its message, the state of stateful weightings, and
 torch's default random state, so that ranks that were seeded alike stay alike.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,33 +22,45 @@ from .collectives import Group
 _OK, _FAILED = 0.0, 1.0
 
 
-def run_on_rank_zero(
-    group: Group, weighting: Callable[[Tensor], Tensor], statistic: Tensor
-) -> Tensor:
-    """The result of ``weighting(statistic)``, computed on rank 0 and broadcast.
+class Job(NamedTuple):
+    """A weighting to run, and what to run it on.
+
+    Attributes:
+        weighting: Any callable.
+        statistic: A generalized Gramian; or a matrix, whose rows then get a weight each.
+        shape: The shape of the weights.
+    """
+
+    weighting: Callable[[Tensor], Tensor]
+    statistic: Tensor
+    shape: torch.Size
+
+
+def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
+    """The weights of each job, computed on rank 0 and broadcast together.
 
     Args:
-        group: The ranks; all of them have to call.
-        weighting: Any callable; on the other ranks it is not run.
-        statistic: A Gramian or a matrix of m rows; the result has the shape of the first half of a
-            Gramian's dimensions, and its dtype and device.
+        group: The ranks; all of them have to call, with jobs of the same shapes.
+        jobs: What to run; on the other ranks the weightings are not called.
+
+    Returns:
+        Weights in the statistics' dtype (at least float32), bit-identical on all ranks.
 
     Raises:
-        RankError: The weighting raised on rank 0 (with several ranks; alone, its own error).
+        RankError: A weighting raised on rank 0 (with several ranks; alone, its own error).
+        ValueError: A weighting returned weights of another shape.
     """
     if group.size == 1:
-        return weighting(statistic)
-    shape = statistic.shape[: max(1, statistic.ndim // 2)] if statistic.ndim else statistic.shape
-    dtype = torch.promote_types(statistic.dtype, torch.float32)
-    count = shape.numel()
+        return [_checked(job, job.weighting(job.statistic)) for job in jobs]
+    device = jobs[0].statistic.device
+    counts = [job.shape.numel() for job in jobs]
     # Weights travel as float64, to which every narrower dtype converts without loss.
-    buffer = torch.zeros(2 + count, dtype=torch.float64, device=statistic.device)
+    buffer = torch.zeros(2 + sum(counts), dtype=torch.float64, device=device)
     payload, failure = b"", None
     if group.rank == 0:
         try:
-            weights, payload = _run(weighting, statistic, shape)
-            buffer[2:] = weights.reshape(-1)
-            dtype = weights.dtype
+            weights, payload = _run(jobs, device)
+            buffer[2:] = weights
         except Exception as error:  # it is raised again on every rank, below
             failure = error
             payload = f"{type(error).__name__}: {error}".encode()
@@ -61,51 +73,62 @@ def run_on_rank_zero(
     if failed:
         raise RankError(f"The weighting failed on rank 0: {payload.decode()}") from failure
     if length and group.rank != 0:
-        _apply(payload, weighting, statistic.device)
-    return buffer[2:].reshape(shape).to(dtype)
+        _apply(payload, jobs, device)
+    results = buffer[2:].split(counts)
+    return [
+        result.reshape(job.shape).to(torch.promote_types(job.statistic.dtype, torch.float32))
+        for job, result in zip(jobs, results, strict=True)
+    ]
 
 
-def _run(
-    weighting: Callable[[Tensor], Tensor], statistic: Tensor, shape: torch.Size
-) -> tuple[Tensor, bytes]:
-    before = _random_states(statistic.device)
-    weights = weighting(statistic)
-    if weights.shape != shape:
+def _checked(job: Job, weights: Tensor) -> Tensor:
+    if weights.shape != job.shape:
         raise ValueError(
-            f"Found weights of shape {tuple(weights.shape)}; expected {tuple(shape)}, one weight "
-            "per objective."
+            f"Found weights of shape {tuple(weights.shape)}; expected {tuple(job.shape)}, one "
+            "weight per objective."
         )
-    follow: dict[str, Any] = {}
-    if isinstance(weighting, Stateful) and isinstance(weighting, nn.Module):
-        follow["state"] = weighting.state_dict()
-    after = _random_states(statistic.device)
-    changed = {
-        name: {"before": _hash(before[name]), "after": state}
-        for name, state in after.items()
-        if not torch.equal(before[name], state)
+    return weights
+
+
+def _run(jobs: Sequence[Job], device: torch.device) -> tuple[Tensor, bytes]:
+    """All weights in one float64 vector, and what has to follow them, serialised."""
+    before = _random_states(device)
+    results = [_checked(job, job.weighting(job.statistic)).detach() for job in jobs]
+    follow: dict[str, Any] = {
+        "states": [_state(job.weighting) for job in jobs],
+        "random": {
+            name: {"before": _hash(before[name]), "after": state}
+            for name, state in _random_states(device).items()
+            if not torch.equal(before[name], state)
+        },
     }
-    if changed:
-        follow["random"] = changed
-    if not follow:
-        return weights.detach(), b""
+    weights = torch.cat([r.reshape(-1).to(device=device, dtype=torch.float64) for r in results])
+    if not follow["random"] and all(state is None for state in follow["states"]):
+        return weights, b""
     content = io.BytesIO()
     torch.save(follow, content)
-    return weights.detach(), content.getvalue()
+    return weights, content.getvalue()
 
 
-def _apply(payload: bytes, weighting: Callable[[Tensor], Tensor], device: torch.device) -> None:
+def _apply(payload: bytes, jobs: Sequence[Job], device: torch.device) -> None:
     follow = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
-    if "state" in follow:
-        assert isinstance(weighting, nn.Module)
-        weighting.load_state_dict(follow["state"])
+    for job, state in zip(jobs, follow["states"], strict=True):
+        if state is not None and isinstance(job.weighting, nn.Module):
+            job.weighting.load_state_dict(state)
     mine = _random_states(device)
-    for name, change in follow.get("random", {}).items():
+    for name, change in follow["random"].items():
         if _hash(mine[name]) != change["before"]:
             continue  # this rank was seeded differently: its own stream goes on
         if name == "cpu":
             torch.set_rng_state(change["after"])
         else:
             torch.get_device_module(device).set_rng_state(change["after"], device)
+
+
+def _state(weighting: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
+    if isinstance(weighting, Stateful) and isinstance(weighting, nn.Module):
+        return weighting.state_dict()
+    return None
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def vjp_rows(record: LayerRecord, paths: list[str]) -> dict[str, JacobianBlock]:
         return tuple(t for t, keep in zip(tensors, wanted, strict=True) if keep)
 
     def rows_of_sample(sample: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
-        _, pullback = torch.func.vjp(lambda values: outputs_of_sample(sample, values), parameters)
+        pullback = torch.func.vjp(lambda v: outputs_of_sample(sample, v), parameters)[1]
 
         def row(grad: list[Tensor]) -> dict[str, Tensor]:
             (result,) = pullback(tuple(g.unsqueeze(0) for g in grad))
