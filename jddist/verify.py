@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
 from jddist.autogram import global_pass
-from jddist.autogram.engine import Count, Engine
+from jddist.autogram.engine import Engine
+from jddist.distribution.counts import Count
 from jddist.distribution.exchange import scale_rows
 from jddist.distribution.plan import BlockShape
 

@@ -8,7 +8,7 @@ Gramian; a weighting runs on rank 0; the weighted losses go back through the use
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor import Partial, Placement, Shard
 
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
+from jddist.distribution.counts import Count, checked_count
 from jddist.distribution.once import Job
 from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
@@ -30,7 +31,6 @@ from .parameters import ParameterTable, build_table, roots_of, scope_of
 from .refusals import check_modules
 
 Weigher = Callable[[Tensor], Tensor]
-Count = int | Sequence[int] | Tensor
 
 
 class Engine:
@@ -260,7 +260,7 @@ class Engine:
                     "graph. A rank without samples passes losses[:0] of any dummy sample."
                 )
             self._check_modules()
-            counts = global_pass.checked_count(count, layout, self._placement)
+            counts = checked_count(count, layout.num_rows, self._placement)
             agree = global_pass.must_agree(
                 self._table, output, layout, self._placement, counts is not None
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import Placement
 
 from jddist.distribution.base import Distribution, is_average, is_sharded
+from jddist.distribution.counts import shares_of_samples
 from jddist.distribution.exchange import (
     describe,
     local_gramian,
@@ -62,7 +63,7 @@ class GlobalLayout:
         whole = local
         if sharded and local.shape:
             whole = local.resized(sum(sizes))
-        shares = _shares([info["count"] for info in infos], local.num_rows, rank)
+        shares = shares_of_samples([info["count"] for info in infos], local.num_rows)[rank]
         # The sum over ranks of share * rows / W is the global row; the wrapper averages likewise.
         average = is_average(placement)
         row_scale = tuple(s / len(infos) if average else 1.0 for s in shares)
@@ -103,26 +104,6 @@ class GramianParts:
     def finite(self) -> bool:
         """Whether all objectives and their gradients are finite."""
         return not bool(self.flags.any())
-
-
-def checked_count(count: Any, layout: OutputLayout, placement: Placement) -> list[float] | None:
-    """``count`` as one number per objective. Raises ValueError if it makes no sense."""
-    if count is None:
-        return None
-    if not is_average(placement):
-        raise ValueError(
-            f'Found count={count!r} with objectives={placement!r}; expected it with Partial("avg") '
-            "only, where objectives are means over samples."
-        )
-    if isinstance(count, Tensor):
-        count = count.tolist()
-    counts = [count] * layout.num_rows if isinstance(count, int | float) else list(count)
-    if len(counts) != layout.num_rows or any(c < 0 for c in counts):
-        raise ValueError(
-            f"Found count={count!r}; expected one non-negative number, or one for each of the "
-            f"{layout.num_rows} objectives."
-        )
-    return [float(c) for c in counts]
 
 
 def must_agree(
@@ -236,12 +217,3 @@ def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjec
 def _symmetric(gramian: Tensor) -> Tensor:
     """Each pair of rows is multiplied once or twice, in some order: make both entries the same."""
     return (gramian + gramian.T) / 2
-
-
-def _shares(counts: list[list[float] | None], m: int, rank: int) -> list[float]:
-    """W * c_r / sum of c over ranks, per objective; 1 without counts."""
-    mine = counts[rank]
-    if mine is None:
-        return [1.0] * m
-    totals = [sum(c[i] for c in counts if c is not None) for i in range(m)]
-    return [len(counts) * c / t if t else 0.0 for c, t in zip(mine, totals, strict=True)]

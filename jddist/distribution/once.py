@@ -126,9 +126,11 @@ def _apply(payload: bytes, jobs: Sequence[Job], device: torch.device) -> None:
 
 
 def _state(weighting: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
-    if isinstance(weighting, Stateful) and isinstance(weighting, nn.Module):
-        return weighting.state_dict()
-    return None
+    if not isinstance(weighting, nn.Module):
+        return None
+    if not any(isinstance(module, Stateful) for module in weighting.modules()):
+        return None
+    return weighting.state_dict()
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,24 @@
+"""Small loops over a Gramian run on numpy copies: many tiny torch calls would cost far more."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[np.floating[Any]]
+Indices: TypeAlias = npt.NDArray[np.integer[Any]]
+
+
+def to_host(gramian: Tensor) -> Array:
+    """A writable copy [m, m] on the CPU: float64 stays, all other dtypes become float32."""
+    dtype = torch.float64 if gramian.dtype == torch.float64 else torch.float32
+    return gramian.detach().to(device="cpu", dtype=dtype, copy=True).numpy()
+
+
+def from_host(weights: Array, gramian: Tensor) -> Tensor:
+    """The weights [m] in the Gramian's dtype and on its device."""
+    return torch.from_numpy(weights).to(gramian)

@@ -1,0 +1,8 @@
+"""Linear algebra of Jacobian descent: Gramians and the projection onto dual cones."""
+
+from __future__ import annotations
+
+from .dual_cone import DualConeProjector, QuadprogProjector
+from .matrix import Matrix, PSDMatrix, PSDTensor
+
+__all__ = ["DualConeProjector", "Matrix", "PSDMatrix", "PSDTensor", "QuadprogProjector"]

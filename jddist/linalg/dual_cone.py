@@ -1,0 +1,153 @@
+"""Projection onto the dual cone of a Jacobian's rows, as a quadratic program in its Gramian."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import quadprog
+import torch
+from torch import Tensor
+
+from .gramian import normalize, regularize
+from .matrix import PSDMatrix, is_psd_matrix
+
+_Array: TypeAlias = npt.NDArray[np.float64]
+
+
+class DualConeProjector(ABC):
+    """Projects combinations of the rows of J onto their dual cone {x : J x >= 0}.
+
+    For each vector u it gives the w such that wᵀJ is the projection of uᵀJ. That w minimizes vᵀGv
+    subject to v >= u, where G = J Jᵀ (Proposition 1 of "Jacobian Descent For Multi-Objective
+    Optimization", arXiv:2406.16232).
+    """
+
+    @abstractmethod
+    def __call__(self, U: Tensor, G: PSDMatrix) -> Tensor:
+        """Solves one problem for each vector of U.
+
+        Args:
+            U: Vectors of shape [..., m].
+            G: Gramian of shape [m, m].
+
+        Returns:
+            Weights of the shape of U, in the dtype and on the device of G.
+
+        Raises:
+            ValueError: U and G disagree about m, or a problem could not be solved.
+        """
+
+
+def check_shapes(U: Tensor, G: Tensor) -> None:
+    """Raises a ValueError unless G is [m, m] and U is [..., m]."""
+    if not is_psd_matrix(G):
+        raise ValueError(f"G must be a Gramian of shape [m, m]. Found shape {tuple(G.shape)}.")
+    if U.ndim == 0 or U.shape[-1] != G.shape[0]:
+        raise ValueError(
+            f"The last dimension of U must be the number of objectives m = {G.shape[0]} of the "
+            f"Gramian. Found U of shape {tuple(U.shape)}: give one weight per objective."
+        )
+
+
+class QuadprogProjector(DualConeProjector):
+    """Solves the quadratic programs one by one with quadprog, on the CPU in float64.
+
+    Each problem is solved on G / trace(G) + reg_eps * I.
+
+    Args:
+        norm_eps: Trace of G below which it is replaced by zero, so that u is returned where it is
+            not negative. Such calls are counted in `below_norm_eps`, and the first one of an
+            instance warns (unless G is exactly zero). 0 turns this off.
+        reg_eps: What is added to the diagonal, since quadprog needs G to be positive definite.
+
+    Attributes:
+        below_norm_eps: Number of calls whose G had a positive trace below `norm_eps`.
+    """
+
+    def __init__(self, *, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> None:
+        self.norm_eps = norm_eps
+        self.reg_eps = reg_eps
+        self.below_norm_eps = 0
+
+    @property
+    def norm_eps(self) -> float:
+        """Trace below which the Gramian counts as zero."""
+        return self._norm_eps
+
+    @norm_eps.setter
+    def norm_eps(self, value: float) -> None:
+        self._norm_eps = _non_negative("norm_eps", value)
+
+    @property
+    def reg_eps(self) -> float:
+        """What is added to the diagonal of the normalized Gramian."""
+        return self._reg_eps
+
+    @reg_eps.setter
+    def reg_eps(self, value: float) -> None:
+        self._reg_eps = _non_negative("reg_eps", value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(norm_eps={self.norm_eps}, reg_eps={self.reg_eps})"
+
+    def __call__(self, U: Tensor, G: PSDMatrix) -> Tensor:
+        check_shapes(U, G)
+        m = G.shape[0]
+        if U.numel() == 0:
+            return U.detach().to(G).clone()
+        gramian = cast(PSDMatrix, G.detach().to(device="cpu", dtype=torch.float64))
+        trace = float(gramian.diagonal().sum())
+        self._watch(trace)
+        matrix = regularize(normalize(gramian, self.norm_eps), self.reg_eps).numpy()
+        vectors = U.detach().to(device="cpu", dtype=torch.float64).reshape(-1, m).numpy()
+        try:
+            solutions = _solve(matrix, vectors)
+        except ValueError as error:
+            raise ValueError(
+                f"quadprog could not project onto the dual cone of {m} objectives, whose Gramian "
+                f"has the trace {trace:.6g}: {error}. If the Gramian is finite, give the projector "
+                f"a larger reg_eps than {self.reg_eps} (QuadprogProjector(reg_eps=...))."
+            ) from error
+        return torch.from_numpy(solutions).reshape(U.shape).to(G)
+
+    def _watch(self, trace: float) -> None:
+        if not 0.0 < trace < self.norm_eps:
+            return
+        self.below_norm_eps += 1
+        if self.below_norm_eps == 1:
+            warnings.warn(
+                f"The Gramian's trace {trace:.3g} is below norm_eps={self.norm_eps:.3g}, so the "
+                "weights ignore conflicts from here on (as happens near convergence). Use "
+                "QuadprogProjector(norm_eps=0) to keep resolving them. This is said once.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _solve(gramian: _Array, vectors: _Array) -> _Array:
+    """Minimizes vᵀGv subject to v >= u for each row u [k, m], by one factorization of G [m, m]."""
+    if not (np.isfinite(gramian).all() and np.isfinite(vectors).all()):
+        raise ValueError("the Gramian or the vectors hold NaN or infinite values")
+    try:
+        factor = np.linalg.cholesky(gramian)
+    except np.linalg.LinAlgError:
+        raise ValueError("the regularized Gramian is not positive definite") from None
+    # quadprog wants R⁻¹ with G = RᵀR.
+    inverse_root = np.ascontiguousarray(np.linalg.inv(factor).T)
+    m = gramian.shape[0]
+    linear, constraints = np.zeros(m), np.eye(m)
+    solutions = vectors.copy()
+    # Where Gu >= 0 the constraints are all active and u solves its own problem.
+    for k in np.flatnonzero((vectors @ gramian < 0.0).any(axis=1)):
+        solutions[k] = quadprog.solve_qp(inverse_root, linear, constraints, vectors[k], 0, True)[0]
+    return solutions
+
+
+def _non_negative(name: str, value: float) -> float:
+    if value < 0.0:
+        raise ValueError(f"{name} must be non-negative. Found {name}={value!r}.")
+    return value

@@ -1,0 +1,158 @@
+"""Documented numbers, hyperparameters, and texts of every method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, tensor
+from torch.testing import assert_close
+
+from jddist import aggregation
+from jddist.aggregation import (
+    MGDA,
+    Aggregator,
+    Constant,
+    ConstantWeighting,
+    DualProj,
+    DualProjWeighting,
+    GradVac,
+    GradVacWeighting,
+    GramianWeightedAggregator,
+    Mean,
+    MGDAWeighting,
+    PCGrad,
+    PCGradWeighting,
+    Random,
+    Sum,
+    SumWeighting,
+    UPGrad,
+    UPGradWeighting,
+    Weighting,
+)
+from jddist.linalg import QuadprogProjector
+
+JACOBIAN = tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+
+VECTORS = [
+    (Constant(tensor([1.0, 2.0])), [8.0, 3.0, 3.0]),
+    (DualProj(), [0.5563, 1.1109, 1.1109]),
+    (GradVac(), [0.5848, 3.8012, 3.8012]),
+    (Mean(), [1.0, 1.0, 1.0]),
+    (MGDA(), [0.0, 1.0, 1.0]),
+    (PCGrad(), [0.5848, 3.8012, 3.8012]),
+    (Sum(), [2.0, 2.0, 2.0]),
+    (UPGrad(), [0.2929, 1.9004, 1.9004]),
+]
+WEIGHTS = [
+    (ConstantWeighting(tensor([1.0, 2.0])), [1.0, 2.0]),
+    (DualProjWeighting(), [0.6109, 0.5000]),
+    (GradVacWeighting(), [2.2222, 1.5789]),
+    (MGDAWeighting(), [0.6000, 0.4000]),
+    (PCGradWeighting(), [2.2222, 1.5789]),
+    (SumWeighting(), [1.0, 1.0]),
+    (UPGradWeighting(), [1.1109, 0.7894]),
+]
+
+
+# The documents print four digits.
+@pytest.mark.parametrize(("aggregator", "expected"), VECTORS, ids=lambda v: str(v)[:12])
+def test_documented_vectors(aggregator: Aggregator, expected: list[float]) -> None:
+    assert_close(aggregator(JACOBIAN), tensor(expected), rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("weighting", "expected"), WEIGHTS, ids=lambda v: type(v).__name__)
+def test_documented_weights(weighting: Weighting, expected: list[float]) -> None:
+    assert_close(weighting(JACOBIAN @ JACOBIAN.T), tensor(expected), rtol=0.0, atol=1e-4)
+
+
+def test_every_method_has_an_aggregator_and_a_weighting() -> None:
+    methods = [n for n in aggregation.__all__ if n + "Weighting" in aggregation.__all__]
+    assert len(methods) >= 9
+    for name in methods:
+        assert issubclass(getattr(aggregation, name), Aggregator)
+        assert issubclass(getattr(aggregation, name + "Weighting"), Weighting)
+
+
+PROJECTOR = "projector=QuadprogProjector(norm_eps=0.0001, reg_eps=0.0001)"
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "long", "short"),
+    [
+        (Mean(), "Mean()", "Mean"),
+        (Sum(), "Sum()", "Sum"),
+        (Random(), "Random()", "Random"),
+        (PCGrad(), "PCGrad()", "PCGrad"),
+        (MGDA(), "MGDA(epsilon=0.001, max_iters=100)", "MGDA"),
+        (GradVac(), "GradVac(beta=0.5, eps=1e-08)", "GradVac"),
+        (UPGrad(), f"UPGrad(pref_vector=None, {PROJECTOR})", "UPGrad"),
+        (
+            DualProj(tensor([1.0, 2.5])),
+            f"DualProj(pref_vector=tensor([1.0000, 2.5000]), {PROJECTOR})",
+            "DualProj([1., 2.5])",
+        ),
+        (Constant(tensor([1.0, 2.0])), "Constant(weights=tensor([1., 2.]))", "Constant([1., 2.])"),
+    ],
+    ids=str,
+)
+def test_texts(aggregator: Aggregator, long: str, short: str) -> None:
+    assert repr(aggregator) == long
+    assert str(aggregator) == short
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "name", "good", "bad"),
+    [
+        (MGDA(), "epsilon", 0.25, [0.0, -1.0]),
+        (MGDA(), "max_iters", 7, [0, -1]),
+        (GradVac(), "beta", 0.25, [-0.1, 1.1]),
+        (GradVac(), "eps", 0.5, [-1e-9]),
+        (UPGrad(), "pref_vector", tensor([1.0, 2.0]), [tensor(1.0), torch.ones(2, 2)]),
+        (DualProj(), "pref_vector", tensor([1.0, 2.0]), [tensor(1.0), torch.ones(2, 2)]),
+        (UPGrad(), "projector", QuadprogProjector(norm_eps=0), []),
+        (DualProj(), "projector", QuadprogProjector(norm_eps=0), []),
+    ],
+)
+def test_hyperparameters_live_on_the_weighting(
+    aggregator: GramianWeightedAggregator, name: str, good: Any, bad: list[Any]
+) -> None:
+    setattr(aggregator, name, good)
+    assert getattr(aggregator, name) is good
+    assert getattr(aggregator.gramian_weighting, name) is good
+    for value in bad:
+        with pytest.raises(ValueError, match=name):
+            setattr(aggregator, name, value)
+        with pytest.raises(ValueError, match=name):
+            setattr(aggregator.gramian_weighting, name, value)
+    assert getattr(aggregator, name) is good
+
+
+def test_preference_vector_becomes_a_weighting() -> None:
+    upgrad = UPGrad()
+    preference = tensor([1.0, 2.0])
+    upgrad.pref_vector = preference
+    inner = upgrad.gramian_weighting.weighting
+    assert isinstance(inner, ConstantWeighting)
+    assert inner.weights is preference
+    upgrad.pref_vector = None
+    assert_close(upgrad(JACOBIAN), UPGrad()(JACOBIAN))
+    upgrad.projector = None
+    assert isinstance(upgrad.projector, QuadprogProjector)
+
+
+@pytest.mark.parametrize("make", [Constant, UPGrad, DualProj])
+def test_one_weight_per_objective(make: type[Constant | UPGrad | DualProj]) -> None:
+    with pytest.raises(ValueError, match="3 constant weights, but 2 objectives"):
+        make(torch.ones(3))(JACOBIAN)
+
+
+@pytest.mark.parametrize("weights", [tensor(1.0), torch.ones(2, 1)])
+def test_constant_weights_are_a_vector(weights: Tensor) -> None:
+    with pytest.raises(ValueError, match="vector"):
+        Constant(weights)
+
+
+def test_constant_weights_follow_the_dtype() -> None:
+    assert Constant(torch.ones(2))(JACOBIAN.double()).dtype == torch.float64
