@@ -7,7 +7,7 @@ to an engine: they go when the graph is freed, so a validation forward leaves no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ _taps: weakref.WeakKeyDictionary[nn.Module, _Tap] = weakref.WeakKeyDictionary()
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """No call is recorded inside (recomputed checkpoints, re-run forwards)."""
+    """Inside, no call is recorded (recomputed checkpoints, re-run forwards) and none released."""
     global _paused
     _paused += 1
     try:
@@ -113,6 +113,7 @@ class _Tap:
             if tensor.grad_fn is None:
                 continue
             _mark(tensor, Mark(record, index, get_gradient_edge(tensor).output_nr))
+            tensor.register_hook(_release_hook(record))
             base = tensor._base
             if base is not None and base.is_contiguous() and base.numel() == tensor.numel():
                 # An in-place operation on a view rewrites the view's history and keeps the base's.
@@ -133,6 +134,16 @@ class _Tap:
             if size is not None and size.value is not None and size.value > 1:
                 return output.expand(size.value, *output.shape[1:]), True
         return output, False
+
+
+def _release_hook(record: CallRecord) -> Callable[[Tensor], None]:
+    """Frees a record's tensors as an ordinary backward passes, as autograd frees its own."""
+
+    def hook(_gradient: Tensor) -> None:
+        if not _paused:
+            record.release()
+
+    return hook
 
 
 def marks_of(node: Node) -> list[Mark]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
 from . import global_pass
-from .capture import Capture
+from .capture import Capture, paused
 from .global_pass import GlobalLayout
 from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
@@ -228,7 +229,9 @@ class Engine:
             weights = self.compute_weights(gramian, weighting_or_weights)
         if not self._skip:
             local = self.local_weights(weights).to(output.dtype)
-            output.backward(local, retain_graph=retain_graph)
+            # The records live as long as the graph.
+            with paused() if retain_graph else nullcontext():
+                output.backward(local, retain_graph=retain_graph)
         return weights
 
     def prepare(

@@ -94,6 +94,8 @@ class LocalPass:
             owner = self.table.owner_of.get(call.record.module)
             if owner is None or (owner.rule is None and not self.batched):
                 continue
+            if call.record.released:
+                continue
             shapes = [call.record.output_shapes[index] for index in call.edges]
             if self.batched and any(len(s) == 0 or s[0] != layout.batch for s in shapes):
                 continue
@@ -247,7 +249,7 @@ class LocalPass:
         if direct and self.batched:
             names = ", ".join(self._entry(i).name for i in sorted(direct))
             reason = (
-                "are read by the graph without a batched call of their module"
+                "are read without a batched call of their module (or a backward already went by)"
                 if had_calls
                 else "have no recorded call (create the Engine before the forward pass)"
             )

@@ -51,6 +51,12 @@ class CallRecord:
     autocast: AutocastSnapshot
     rng: RngSnapshot | None
     watched: list[tuple[Tensor, int]] = field(default_factory=list)
+    released: bool = False
+
+    def release(self) -> None:
+        """Lets go of the call's inputs."""
+        self.args, self.kwargs, self.watched, self.rng = (), {}, [], None
+        self.released = True
 
     def check_unmodified(self, name: str) -> None:
         """Raises ModifiedInputError if an input was changed in place since the call."""

@@ -20,6 +20,8 @@ from .collectives import Group
 from .handshake import Handshake
 from .once import Job, run_on_rank_zero
 
+POSSIBLE_PLACEMENTS: tuple[Placement, ...] = (Shard(0), Partial("avg"), Partial("sum"))
+
 # The distribution that each attached parameter belongs to.
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -95,9 +97,7 @@ def attached_distribution(parameter: Tensor) -> Distribution | None:
 
 def check_placement(placement: Placement) -> Placement:
     """Raises ValueError unless it is Shard(0), Partial("avg") or Partial("sum")."""
-    if isinstance(placement, Shard) and placement.dim == 0:
-        return placement
-    if isinstance(placement, Partial) and placement.reduce_op in ("avg", "sum"):
+    if placement in POSSIBLE_PLACEMENTS:
         return placement
     raise ValueError(
         f"Found objectives={placement!r}; expected Shard(0) (every rank has objectives of its own)"

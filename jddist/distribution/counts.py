@@ -12,7 +12,9 @@ from .base import is_average
 Count = int | Sequence[int] | Tensor
 
 
-def checked_count(count: Count | None, num_objectives: int, placement: Placement) -> list[float] | None:
+def checked_count(
+    count: Count | None, num_objectives: int, placement: Placement
+) -> list[float] | None:
     """``count`` as one number per objective.
 
     Raises:

@@ -1,0 +1,82 @@
+"""``backward``: Jacobians of tensors into the ``.jac`` of what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from jddist.aggregation import Aggregator
+from jddist.distribution.base import Distribution
+
+from ._accumulate import add_jacs, check_expects_gradients
+from ._arguments import as_cotangents, as_tensors
+from ._context import stated_objectives
+from ._differentiate import check_chunk_size, identity_rows, vjp_rows
+from ._graph import leaves_of
+from ._jac_to_grad import aggregate_groups
+
+
+def backward(
+    tensors: Sequence[Tensor] | Tensor,
+    aggregator: Aggregator | None = None,
+    /,
+    *,
+    jac_tensors: Sequence[Tensor] | Tensor | None = None,
+    inputs: Iterable[Tensor] | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+    distribution: Distribution | None = None,
+) -> None:
+    """Adds the Jacobian of all elements of ``tensors`` to the ``.jac`` of the inputs.
+
+    Over several ranks ``.jac`` holds this rank's rows (or its estimate of the rows), without any
+    communication; ``jac_to_grad`` communicates.
+
+    Args:
+        tensors: What to differentiate; every element is one row.
+        aggregator: If given, the Jacobians are aggregated into ``.grad`` at once, as
+            ``jac_to_grad`` does.
+        jac_tensors: For each tensor the initial Jacobian [m, *tensor.shape] to go on from; the
+            identity by default.
+        inputs: Towards what to differentiate; by default the leaves that ``tensors`` depend on.
+        retain_graph: Whether to keep the graph.
+        parallel_chunk_size: How many rows to differentiate in parallel: None for all, 1 for one
+            after the other, without vmap.
+        distribution: ``Local()`` if every rank is meant to work alone.
+
+    Raises:
+        ValueError: An argument is not as described; or several ranks run and ``attach`` was not
+            told where the objectives live.
+        UnattachedParameterError: Several ranks run and an input belongs to no attached model.
+    """
+    error: Exception | None = None
+    found: list[Tensor] = []
+    try:
+        outputs = as_tensors(tensors, "tensors")
+        found = leaves_of(outputs) if inputs is None else list(dict.fromkeys(inputs))
+        placement, distribution = stated_objectives(found, distribution)
+        check_chunk_size(parallel_chunk_size)
+        check_expects_gradients(found, ".jac")
+        if jac_tensors is None:
+            cotangents = identity_rows(outputs)
+        else:
+            cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
+        with distribution.first_pass():
+            rows = vjp_rows(
+                outputs,
+                found,
+                cotangents,
+                retain_graph=retain_graph,
+                chunk_size=parallel_chunk_size,
+            )
+        add_jacs(found, rows)
+        for tensor in found:
+            distribution.row_placements[tensor] = placement
+    except Exception as failure:
+        # With an aggregator the other ranks wait for this one, and have to hear of it.
+        if aggregator is None or distribution is None or distribution.group.size == 1:
+            raise
+        error = failure
+    if aggregator is not None:
+        aggregate_groups([found], [aggregator], distribution=distribution, error=error)

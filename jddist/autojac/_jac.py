@@ -1,0 +1,66 @@
+"""``jac``: Jacobians of tensors, returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.overrides import is_tensor_like
+
+from jddist.distribution.base import Distribution
+
+from ._arguments import as_cotangents, as_tensors
+from ._context import stated_objectives
+from ._differentiate import check_chunk_size, identity_rows, vjp_rows
+
+
+def jac(
+    outputs: Sequence[Tensor] | Tensor,
+    inputs: Sequence[Tensor] | Tensor,
+    *,
+    jac_outputs: Sequence[Tensor] | Tensor | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+    distribution: Distribution | None = None,
+) -> tuple[Tensor, ...]:
+    """The Jacobians of all elements of ``outputs`` towards each of ``inputs``.
+
+    Over several ranks they are this rank's rows; nothing is communicated.
+
+    Args:
+        outputs: What to differentiate; every element is one row.
+        inputs: Towards what; one tensor may stand there repeatedly.
+        jac_outputs: For each output the initial Jacobian [m, *output.shape] to go on from; the
+            identity by default.
+        retain_graph: Whether to keep the graph.
+        parallel_chunk_size: How many rows to differentiate in parallel: None for all, 1 for one
+            after the other, without vmap.
+        distribution: ``Local()`` if every rank is meant to work alone.
+
+    Returns:
+        For each input a tensor [m, *input.shape].
+
+    Raises:
+        ValueError: An argument is not as described; or several ranks run and ``attach`` was not
+            told where the objectives live.
+        UnattachedParameterError: Several ranks run and an input belongs to no attached model.
+    """
+    check_chunk_size(parallel_chunk_size)
+    differentiated = as_tensors(outputs, "outputs")
+    listed: list[Tensor] = [inputs] if is_tensor_like(inputs) else list(inputs)  # type: ignore[list-item]
+    unique = list(dict.fromkeys(listed))
+    _, distribution = stated_objectives(unique, distribution)
+    if jac_outputs is None:
+        cotangents = identity_rows(differentiated)
+    else:
+        cotangents = as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
+    with distribution.first_pass():
+        rows = vjp_rows(
+            differentiated,
+            unique,
+            cotangents,
+            retain_graph=retain_graph,
+            chunk_size=parallel_chunk_size,
+        )
+    by_input = dict(zip(unique, rows, strict=True))
+    return tuple(by_input[tensor] for tensor in listed)

@@ -1,0 +1,191 @@
+"""Aggregation over several ranks: each works on a shard of the Jacobian's columns.
+
+Whatever the placement of the rows, they become column shards [m, n / W]: rows of the ranks' own by
+an all-to-all, estimates of the same rows by a reduce-scatter. All groups' Gramians are summed in
+one all-reduce, all weightings run on rank 0 with one broadcast, every rank combines its columns,
+and one all-gather brings the gradients together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Placement
+
+from jddist.aggregation import Aggregator, GramianWeightedAggregator, WeightedAggregator
+from jddist.aggregation._columns import Columns, acting_on
+from jddist.aggregation._weightings import RowCountWeighting
+from jddist.distribution.base import Distribution, is_average, is_sharded
+from jddist.distribution.collectives import column_bounds
+from jddist.distribution.once import Job
+from jddist.errors import NonFiniteObjectiveError
+
+
+@dataclass(eq=False)
+class RowGroup:
+    """Rows to aggregate together.
+
+    Attributes:
+        rows: This rank's rows [m_r, n].
+        row_counts: m_r of each rank.
+        placement: Where the rows live.
+        aggregator: What aggregates them.
+    """
+
+    rows: Tensor
+    row_counts: Sequence[int]
+    placement: Placement
+    aggregator: Aggregator
+
+    @property
+    def num_rows(self) -> int:
+        """M: the number of rows over all ranks."""
+        return sum(self.row_counts) if is_sharded(self.placement) else self.rows.shape[0]
+
+
+def check_aggregator(aggregator: Aggregator) -> None:
+    """Raises ValueError unless the aggregator can act on column shards."""
+    if isinstance(aggregator, GramianWeightedAggregator) or aggregator.columnwise:
+        return
+    if isinstance(aggregator, WeightedAggregator):
+        if isinstance(aggregator.weighting, RowCountWeighting):
+            return
+    raise ValueError(
+        f"Found {type(aggregator).__name__} on several ranks; expected an aggregator that can act "
+        "on some columns of the Jacobian: a GramianWeightedAggregator, or one with "
+        "columnwise = True. No rank ever holds the whole Jacobian."
+    )
+
+
+def aggregate(
+    groups: Sequence[RowGroup],
+    distribution: Distribution,
+    call: Callable[[Aggregator, Tensor], tuple[Tensor, Tensor | None]],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Aggregates every group over all ranks.
+
+    Args:
+        groups: The groups, the same on every rank.
+        distribution: The ranks.
+        call: Calls an aggregator on a matrix and returns the vector and the weights, if any.
+
+    Returns:
+        For each group the vector [n], identical on all ranks, and the weights [M] or None.
+
+    Raises:
+        NonFiniteObjectiveError: A row is NaN or infinite, on any rank.
+        RankError: A weighting failed on rank 0.
+    """
+    finite = [torch.isfinite(group.rows).all(dim=1) for group in groups]
+    shards = [_column_shard(group, distribution) for group in groups]
+    gramians = _sum_gramians(groups, shards, finite, distribution)
+    weights = _weigh(groups, gramians, distribution)
+    results = []
+    for group, shard, gramian, weight in zip(groups, shards, gramians, weights, strict=True):
+        with acting_on(_Shard(distribution, gramian, weight)):
+            results.append(call(group.aggregator, shard))
+    vectors = _gather(groups, [vector for vector, _ in results], distribution)
+    return [(vector, w) for vector, (_, w) in zip(vectors, results, strict=True)]
+
+
+class _Shard(Columns):
+    """Columns whose Gramian over all shards, and the weights it gives, are known already."""
+
+    def __init__(
+        self, distribution: Distribution, gramian: Tensor | None, weights: Tensor | None
+    ) -> None:
+        self._distribution = distribution
+        self._gramian = gramian
+        self._weights = weights
+
+    def sum(self, partial: Tensor) -> Tensor:
+        assert self._gramian is not None and self._gramian.shape == partial.shape
+        return self._gramian.to(partial.dtype)
+
+    def weigh(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
+        if self._weights is not None:
+            return self._weights.to(statistic.dtype)
+        job = Job(weighting, statistic, statistic.shape[:1])
+        return self._distribution.run_once([job])[0]
+
+
+def _column_shard(group: RowGroup, distribution: Distribution) -> Tensor:
+    ranks = distribution.group
+    if is_sharded(group.placement):
+        return ranks.rows_to_columns(group.rows, group.row_counts)
+    columns = ranks.reduce_columns(group.rows)
+    return columns / ranks.size if is_average(group.placement) else columns
+
+
+def _sum_gramians(
+    groups: Sequence[RowGroup],
+    shards: Sequence[Tensor],
+    finite: Sequence[Tensor],
+    distribution: Distribution,
+) -> list[Tensor | None]:
+    """All groups' Gramians, and every rank's flags of finite rows, in one all-reduce."""
+    ranks = distribution.group
+    pieces, sizes = [], []
+    for group, shard, ok in zip(groups, shards, finite, strict=True):
+        m = group.num_rows
+        flags = torch.zeros(ranks.size, m, dtype=torch.float64, device=shard.device)
+        start = sum(group.row_counts[: ranks.rank]) if is_sharded(group.placement) else 0
+        flags[ranks.rank, start : start + len(ok)] = (~ok).double()
+        gramian = flags.new_empty(0)
+        if isinstance(group.aggregator, GramianWeightedAggregator):
+            gramian = (shard @ shard.T).double()
+        pieces += [flags.reshape(-1), gramian.reshape(-1)]
+        sizes += [flags.numel(), gramian.numel()]
+    parts = ranks.all_reduce(torch.cat(pieces)).split(sizes)
+    _check_finite(groups, parts[::2], ranks.size)
+    return [
+        part.view(group.num_rows, -1) if part.numel() else None
+        for group, part in zip(groups, parts[1::2], strict=True)
+    ]
+
+
+def _check_finite(groups: Sequence[RowGroup], flags: Sequence[Tensor], num_ranks: int) -> None:
+    bad = {
+        (rank, row)
+        for group, flag in zip(groups, flags, strict=True)
+        for rank, row in flag.view(num_ranks, group.num_rows).nonzero().tolist()
+    }
+    if bad:
+        listed = ", ".join(f"objective {row} (rank {rank})" for rank, row in sorted(bad)[:8])
+        raise NonFiniteObjectiveError(
+            f"Found NaN or infinity in the rows of {listed}; expected finite rows. No .grad was "
+            "written. Lower the learning rate, or look at that rank's data."
+        )
+
+
+def _weigh(
+    groups: Sequence[RowGroup], gramians: Sequence[Tensor | None], distribution: Distribution
+) -> list[Tensor | None]:
+    jobs = [
+        Job(group.aggregator.gramian_weighting, gramian.to(group.rows.dtype), gramian.shape[:1])
+        for group, gramian in zip(groups, gramians, strict=True)
+        if gramian is not None and isinstance(group.aggregator, GramianWeightedAggregator)
+    ]
+    found = iter(distribution.run_once(jobs) if jobs else [])
+    return [None if gramian is None else next(found) for gramian in gramians]
+
+
+def _gather(
+    groups: Sequence[RowGroup], shards: Sequence[Tensor], distribution: Distribution
+) -> list[Tensor]:
+    """The whole vectors of all groups, in one all-gather."""
+    ranks = distribution.group
+    widths = [
+        [stop - start for start, stop in column_bounds(group.rows.shape[1], ranks.size)]
+        for group in groups
+    ]
+    lengths = [sum(width[rank] for width in widths) for rank in range(ranks.size)]
+    flat = torch.cat(list(shards))
+    parts = [
+        part.split([width[rank] for width in widths])
+        for rank, part in enumerate(ranks.all_gather_uneven(flat, lengths))
+    ]
+    return [torch.cat([part[i] for part in parts]) for i in range(len(groups))]

@@ -1,0 +1,60 @@
+"""Counts what jddist's collectives send: one entry per message, in bytes sent by this rank.
+
+It sits below jddist's own functions, on torch.distributed's. What DDP's reducer sends goes past it.
+Bytes follow the ring convention: all_gather (W-1) * input, reduce_scatter (W-1)/W * input,
+all_reduce 2 (W-1)/W * size, all_to_all what leaves the rank, broadcast the size on rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch import Tensor
+
+from jddist.distribution import collectives
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def spying(rank: int, world_size: int) -> Iterator[list[tuple[str, float]]]:
+    """Yields the list of (operation, bytes sent by this rank), which grows."""
+    log: list[tuple[str, float]] = []
+    others = world_size - 1
+
+    def wrap(name: str, original: Any, sent: Any) -> Any:
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            log.append((name, float(sent(*args))))
+            return original(*args, **kwargs)
+
+        return spied
+
+    def all_to_all(output: Tensor, input: Tensor, output_sizes: Any, input_sizes: Any) -> int:
+        return (input.numel() - input_sizes[rank]) * input.element_size()
+
+    spied = {
+        (collectives, "_all_gather"): lambda out, x: others * _bytes(x),
+        (collectives, "_reduce_scatter"): lambda out, x: others / world_size * _bytes(x),
+        (dist, "all_reduce"): lambda x: 2 * others / world_size * _bytes(x),
+        (dist, "all_to_all_single"): all_to_all,
+        (dist, "broadcast"): lambda x: _bytes(x) if rank == 0 else 0,
+    }
+    forbidden = ("all_gather", "gather", "scatter", "reduce", "send", "recv", "all_gather_object")
+    patches = [
+        patch.object(owner, name, wrap(name.strip("_"), getattr(owner, name), sent))
+        for (owner, name), sent in spied.items()
+    ]
+    patches += [patch.object(dist, name, side_effect=AssertionError(name)) for name in forbidden]
+    for p in patches:
+        p.start()
+    try:
+        yield log
+    finally:
+        for p in patches:
+            p.stop()

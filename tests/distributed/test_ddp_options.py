@@ -1,0 +1,288 @@
+"""DDP's own options and conventions: each is exact, or would have been silently wrong."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import Shard
+
+from jddist import attach, verify
+from jddist.aggregation import UPGrad, UPGradWeighting
+from jddist.autogram import Engine
+from jddist.autojac import backward
+from tests._oracle import jacobian, relative_error
+from tests._ranks import run_ranks
+from tests.distributed._training import (
+    LOSSES,
+    flatten,
+    local_part,
+    make_data,
+    make_network,
+    parameters_of,
+    reference,
+    set_gradients,
+    wrap,
+)
+
+BOUND = 1e-10
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "bucket view": {"gradient_as_bucket_view": True},
+    "static bucket view": {"static_graph": True, "gradient_as_bucket_view": True},
+    "tiny buckets": {"bucket_cap_mb": 0.0001},
+}
+
+
+def _with_options(rank: int, world_size: int) -> dict[str, Tensor]:
+    found = {}
+    for name, options in OPTIONS.items():
+        model = make_network()
+        ddp = wrap(model, **options)
+        x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+        engine = Engine(ddp, batch_dim=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            engine.backward(LOSSES["instance"](ddp(x), y), UPGradWeighting())
+            optimizer.step()
+        found[name] = parameters_of(model)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_options_of_ddp_change_nothing(world_size: int) -> None:
+    expected = reference("instance", "sgd")["parameters"][-1]
+    for found in run_ranks(_with_options, world_size):
+        for name in OPTIONS:
+            assert relative_error(found[name], expected) <= BOUND, name
+
+
+def _ordinary_steps_in_between(rank: int, world_size: int) -> list[Tensor]:
+    """Gramians without a backward, and plain backwards, mixed with steps."""
+    grads = []
+    for options in ({}, {"static_graph": True}):
+        model = make_network()
+        ddp = wrap(model, **options)
+        x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+        engine = Engine(ddp, batch_dim=0)
+        for _ in range(3):
+            engine.compute_gramian(LOSSES["instance"](ddp(x), y)) if not options else None
+            model.zero_grad()
+            losses = LOSSES["instance"](ddp(x), y)
+            engine.compute_gramian(losses)
+            losses.sum().backward()
+            grads.append(flatten([p.grad for p in model.parameters()]))
+    return grads
+
+
+def test_an_ordinary_backward_stays_synchronised_after_a_gramian() -> None:
+    ranks = run_ranks(_ordinary_steps_in_between, 2)
+    model, (x, y) = make_network(), make_data()
+    LOSSES["instance"](model(x), y).sum().backward()
+    expected = flatten([p.grad for p in model.parameters()]) / 2  # DDP's mean over two ranks
+    for found in ranks:
+        for grad in found:
+            assert relative_error(grad, expected) <= BOUND
+
+
+MICRO = 3
+
+
+def _accumulate(rank: int, world_size: int) -> Tensor:
+    model = make_network()
+    ddp = wrap(model)
+    engine = Engine(ddp, batch_dim=0)
+    x, y = make_data()
+    for step in range(MICRO):
+        last = step == MICRO - 1
+        micro = slice(3 * step, 3 * step + 3)
+        local_x, local_y = (local_part(t[micro], rank, world_size, "uneven") for t in (x, y))
+        with contextlib.nullcontext() if last else ddp.no_sync():
+            engine.backward(LOSSES["instance"](ddp(local_x), local_y), UPGradWeighting())
+    return flatten([p.grad for p in model.parameters()])
+
+
+def test_no_sync_accumulates_the_weighted_gradients() -> None:
+    model, (x, y) = make_network(), make_data()
+    total = 0
+    for step in range(MICRO):
+        micro = slice(3 * step, 3 * step + 3)
+        rows = jacobian(LOSSES["instance"](model(x[micro]), y[micro]), list(model.parameters()))
+        total = total + UPGradWeighting()(rows @ rows.T) @ rows
+    for found in run_ranks(_accumulate, 2):
+        assert relative_error(found, total) <= BOUND
+
+
+def _sum_hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP looks at the annotations
+    work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def _communication_hooks(rank: int, world_size: int) -> list[Tensor]:
+    found = []
+    for hook, divisor in ((allreduce_hook, None), (_sum_hook, 1)):
+        model = make_network()
+        ddp = wrap(model)
+        ddp.register_comm_hook(None, hook)
+        x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+        engine = Engine(ddp, batch_dim=0)
+        if divisor is not None:
+            engine.distribution.divisor = divisor
+        engine.backward(LOSSES["instance"](ddp(x), y), UPGradWeighting())
+        found.append(flatten([p.grad for p in model.parameters()]))
+    return found
+
+
+def test_the_factor_follows_the_wrappers_reduction() -> None:
+    model, (x, y) = make_network(), make_data()
+    rows = jacobian(LOSSES["instance"](model(x), y), list(model.parameters()))
+    expected = UPGradWeighting()(rows @ rows.T) @ rows
+    for found in run_ranks(_communication_hooks, 2):
+        for grad in found:
+            assert relative_error(grad, expected) <= BOUND
+
+
+class Branches(nn.Module):
+    """Every rank takes its own branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(5, 6)
+        self.branches = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)])
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        return self.branches[which](torch.tanh(self.shared(x)))
+
+
+def _branches(rank: int, world_size: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Branches().double()
+    ddp = wrap(model, find_unused_parameters=True)
+    engine = Engine(ddp, batch_dim=0)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+    losses = LOSSES["instance"](ddp(x, rank % 2), y)
+    gramian = engine.compute_gramian(losses)
+    weights = engine.compute_weights(gramian, UPGradWeighting())
+    losses.backward(engine.local_weights(weights))
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return {"gramian": gramian, "grad": flatten(grads)}
+
+
+def test_ranks_may_take_different_branches() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Branches().double(), make_data()
+    losses = torch.cat(
+        [
+            LOSSES["instance"](model(local_part(x, r, 3, "uneven"), r % 2), part)
+            for r, part in enumerate(local_part(y, r, 3, "uneven") for r in range(3))
+        ]
+    )
+    rows = jacobian(losses, list(model.parameters()))
+    gramian = rows @ rows.T
+    for found in run_ranks(_branches, 3):
+        assert relative_error(found["gramian"], gramian) <= BOUND
+        assert relative_error(found["grad"], UPGradWeighting()(gramian) @ rows) <= BOUND
+
+
+def _engine_on_the_inner_module(rank: int, world_size: int) -> dict[str, object]:
+    model = make_network()
+    ddp = wrap(model)
+    attach(ddp)
+    engine = Engine(ddp.module.modules(), batch_dim=0)
+    x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+    gramian = engine.compute_gramian(LOSSES["instance"](ddp(x), y))
+    errors = verify(ddp, lambda: LOSSES["instance x task"](ddp(x), y), batch_dim=0)
+    tasks = verify(ddp, lambda: LOSSES["task"](ddp(x), y), batch_dim=None, count=len(x))
+    return {"gramian": gramian, "errors": errors, "tasks": tasks}
+
+
+def test_engine_on_the_inner_modules_of_an_attached_wrapper_and_verify() -> None:
+    model, (x, y) = make_network(), make_data()
+    rows = jacobian(LOSSES["instance"](model(x), y), list(model.parameters()))
+    for found in run_ranks(_engine_on_the_inner_module, 2):
+        assert relative_error(found["gramian"], rows @ rows.T) <= BOUND
+        for errors in (found["errors"], found["tasks"]):
+            assert set(errors) == {"first", "norm", "twice", "last"}
+            assert all(error <= BOUND for error in errors.values())
+
+
+def _empty_losses_of_a_dummy_sample(rank: int, world_size: int) -> Tensor:
+    """A model that cannot forward an empty batch: a rank without data passes losses[:0]."""
+    model = make_network()
+    ddp = wrap(model)
+    engine = Engine(ddp, batch_dim=0)
+    x, y = (local_part(t, rank, world_size, "empty") for t in make_data())
+    if len(x) == 0:
+        losses = LOSSES["instance"](ddp(torch.ones(1, 5).double()), torch.ones(1, 4).double())[:0]
+    else:
+        losses = LOSSES["instance"](ddp(x), y)
+    engine.backward(losses, UPGradWeighting())
+    assert all(p.grad is not None for p in model.parameters())
+    return flatten([p.grad for p in model.parameters()])
+
+
+def test_a_rank_without_data_passes_an_empty_slice() -> None:
+    model, (x, y) = make_network(), make_data()
+    rows = jacobian(LOSSES["instance"](model(x), y), list(model.parameters()))
+    expected = UPGradWeighting()(rows @ rows.T) @ rows
+    for found in run_ranks(_empty_losses_of_a_dummy_sample, 3):
+        assert relative_error(found, expected) <= BOUND
+
+
+def _torchjd_weighting(rank: int, world_size: int) -> list[Tensor]:
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    model = make_network()
+    ddp = wrap(model)
+    engine = Engine(ddp, batch_dim=0)
+    x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+    mine = engine.backward(LOSSES["instance"](ddp(x), y), UPGradWeighting())
+    theirs = engine.backward(LOSSES["instance"](ddp(x), y), torchjd.UPGradWeighting())
+    norms = engine.backward(LOSSES["instance"](ddp(x), y), lambda g: 1 / g.diagonal().sqrt())
+    return [mine, theirs, norms]
+
+
+def test_any_callable_serves_as_weighting() -> None:
+    pytest.importorskip("torchjd")
+    ranks = run_ranks(_torchjd_weighting, 2)
+    for mine, theirs, norms in ranks:
+        assert relative_error(theirs, mine) <= BOUND
+        assert torch.equal(norms, ranks[0][2])
+
+
+def _instance_wise_autojac(rank: int, world_size: int) -> Tensor:
+    model = make_network()
+    ddp = wrap(model)
+    attach(ddp, objectives=Shard(0))
+    x, y = (local_part(t, rank, world_size, "empty") for t in make_data())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        backward(LOSSES["instance"](ddp(x), y), UPGrad())
+        optimizer.step()
+    return parameters_of(model)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_backward_with_an_aggregator_takes_the_global_step(world_size: int) -> None:
+    expected = reference("instance", "sgd")["parameters"][-1]
+    for found in run_ranks(_instance_wise_autojac, world_size):
+        assert relative_error(found, expected) <= BOUND
+
+
+def test_the_reference_is_gradient_descent_on_weighted_rows() -> None:
+    """The reference of these tests, checked against a backward of the weighted losses."""
+    model, (x, y) = make_network(), make_data()
+    losses = LOSSES["instance"](model(x), y)
+    rows = jacobian(losses, list(model.parameters()))
+    weights = UPGradWeighting()(rows @ rows.T)
+    set_gradients(model, weights @ rows)
+    by_rows = flatten([p.grad for p in model.parameters()])
+    model.zero_grad()
+    losses.backward(weights)
+    assert relative_error(by_rows, flatten([p.grad for p in model.parameters()])) <= BOUND
