@@ -63,9 +63,7 @@ def _other_shape(engine: Engine, ddp: DistributedDataParallel, x: Tensor, culpri
     return engine.compute_gramian(losses if culprit else losses[:, :3])
 
 
-def _other_batch_dim(
-    _: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool
-) -> object:
+def _other_batch_dim(_: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool) -> object:
     engine = Engine(ddp, batch_dim=1 if culprit else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dimension 1 counts no samples: slow, it says

@@ -145,9 +145,7 @@ def test_grouping_loops_equal_the_peer_in_one_process() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for inputs, targets in _batches():
             features, outputs = model(inputs)
-            losses = [
-                nn.functional.mse_loss(o, t) for o, t in zip(outputs, targets, strict=True)
-            ]
+            losses = [nn.functional.mse_loss(o, t) for o, t in zip(outputs, targets, strict=True)]
             peer_mtl_backward(losses, features=features)
             for group, aggregator in zip(groups, aggregators, strict=True):
                 peer_jac_to_grad(group, aggregator)

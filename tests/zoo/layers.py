@@ -162,7 +162,7 @@ LAYERS = [
         _sequential(
             _layer(nn.Conv2d, 4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2),
             _tanh,
-            _layer(nn.Conv2d, 6, 3, 2, padding="same"),
+            _layer(nn.Conv2d, 6, 3, 3, padding="same"),
         ),
         normal(4, 6, 7),
         on_x,
@@ -220,7 +220,6 @@ LAYERS = [
         normal(6),
         on_x,
         batch_dim_ok=False,
-        empty_ok=False,
     ),
     Case(
         "batch_norm_eval",
