@@ -55,7 +55,9 @@ def weighted_gradient(output: Tensor, weights: Tensor, params: Iterable[Tensor])
 def flat_grad(params: Iterable[Tensor]) -> Tensor:
     """The ``.grad`` of all parameters that require one, zeros where it is None: [n]."""
     trained = [p for p in params if p.requires_grad]
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained])
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained]
+    )
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -79,6 +81,5 @@ def _gradients(element: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(p) for p in inputs]
     found = torch.autograd.grad(element, inputs, retain_graph=True, allow_unused=True)
     return [
-        torch.zeros_like(p) if g is None else g.detach()
-        for p, g in zip(inputs, found, strict=True)
+        torch.zeros_like(p) if g is None else g.detach() for p, g in zip(inputs, found, strict=True)
     ]

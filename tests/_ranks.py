@@ -72,7 +72,7 @@ def run_ranks(
     processes: list[BaseProcess] = []
     try:
         for rank in range(world_size):
-            process = context.Process(
+            process: BaseProcess = context.Process(
                 target=_rank_main,
                 args=(rank, world_size, work, str(directory), timeout, margin),
                 daemon=True,

@@ -78,6 +78,7 @@ class _Tap:
         self.needs_rng = needs_rng
         self.batch_sizes: list[weakref.ref[BatchSize]] = []
         self._rng: list[RngSnapshot | None] = []
+        self._passed: weakref.WeakSet[CallRecord] = weakref.WeakSet()
         # Before other hooks: sharding wrappers cast or free tensors in theirs.
         self.handles: list[RemovableHandle] = [
             module.register_forward_hook(
@@ -86,19 +87,45 @@ class _Tap:
             module.register_forward_pre_hook(self._before, with_kwargs=True),
         ]
 
+    def _passing_hook(self, record: CallRecord) -> Callable[[Tensor], None]:
+        """Notes that a backward went by: autograd frees its own tensors then, unless it was told
+        to retain the graph. The record's are freed when the module is called again."""
+        passed = self._passed
+
+        def hook(_gradient: Tensor) -> None:
+            if not _paused:
+                passed.add(record)
+
+        return hook
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or unpickled module keeps the hooks, which then do nothing."""
+        return {}
+
+    def _is_idle(self, module: nn.Module) -> bool:
+        return bool(_paused) or not torch.is_grad_enabled() or _taps.get(module) is not self
+
+    def release_passed(self) -> None:
+        """Frees the records by which a backward went."""
+        for record in self._passed:
+            record.release()
+        self._passed.clear()
+
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _paused or not torch.is_grad_enabled():
+        if _taps.get(module) is self and not _paused:
+            self.release_passed()
+        if self._is_idle(module):
             return
         self._rng = [_snapshot_rng(module)] if self.needs_rng and module.training else []
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if _paused or not torch.is_grad_enabled():
+        if self._is_idle(module):
             return None
         rng = self._rng.pop() if self._rng else None
         if not any(p.requires_grad for p in module.parameters()):
@@ -113,7 +140,7 @@ class _Tap:
             if tensor.grad_fn is None:
                 continue
             _mark(tensor, Mark(record, index, get_gradient_edge(tensor).output_nr))
-            tensor.register_hook(_release_hook(record))
+            tensor.register_hook(self._passing_hook(record))
             base = tensor._base
             if base is not None and base.is_contiguous() and base.numel() == tensor.numel():
                 # An in-place operation on a view rewrites the view's history and keeps the base's.
@@ -134,16 +161,6 @@ class _Tap:
             if size is not None and size.value is not None and size.value > 1:
                 return output.expand(size.value, *output.shape[1:]), True
         return output, False
-
-
-def _release_hook(record: CallRecord) -> Callable[[Tensor], None]:
-    """Frees a record's tensors as an ordinary backward passes, as autograd frees its own."""
-
-    def hook(_gradient: Tensor) -> None:
-        if not _paused:
-            record.release()
-
-    return hook
 
 
 def marks_of(node: Node) -> list[Mark]:
@@ -185,9 +202,18 @@ class Capture:
                 enter, leave = self.batch_size.enter, self.batch_size.leave
                 handles.append(root.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(root.register_forward_hook(leave, always_call=True))
+        self._modules = [weakref.ref(m) for m in hooked]
         self.release = weakref.finalize(
-            self, _release, [weakref.ref(m) for m in hooked], handles, weakref.ref(self.batch_size)
+            self, _release, self._modules, handles, weakref.ref(self.batch_size)
         )
+
+    def release_passed(self) -> None:
+        """Frees the records by which a backward went that did not retain the graph."""
+        for ref in self._modules:
+            module = ref()
+            tap = None if module is None else _taps.get(module)
+            if tap is not None:
+                tap.release_passed()
 
 
 def _release(

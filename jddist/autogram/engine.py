@@ -83,10 +83,10 @@ class Engine:
         self._nonfinite = nonfinite
         self._scope = scope
         self._table = build_table(scope)
-        if not self._table.entries:
+        if not self._table.trainable:
             raise ValueError(
-                "Found no parameters in the given modules; expected some. Pass the model itself, "
-                "or model.modules(): of an iterable only the modules' direct parameters count."
+                "Found no trainable parameters in the given modules; expected some. Pass the model "
+                "itself, or model.modules(): of an iterable only direct parameters count."
             )
         parameters = [entry.parameter for entry in self._table.trainable]
         self._distribution = distribution_of(parameters, selected)
@@ -99,6 +99,7 @@ class Engine:
         )
         self._local_pass = LocalPass(self._table, batch_dim is not None)
         self._layout: GlobalLayout | None = None
+        self._dtype = torch.float32
         self._skip = False
         self._warned_uneven = False
 
@@ -191,7 +192,7 @@ class Engine:
                 "compute_gramian (or backward) first."
             )
         factor = self._distribution.backward_factor(self._placement)
-        return self._layout.local_part(weights.detach()) * factor
+        return (self._layout.local_part(weights.detach()) * factor).to(self._dtype)
 
     def backward(
         self,
@@ -228,10 +229,12 @@ class Engine:
             gramian = self.compute_gramian(output, count=count)
             weights = self.compute_weights(gramian, weighting_or_weights)
         if not self._skip:
-            local = self.local_weights(weights).to(output.dtype)
-            # The records live as long as the graph.
+            local = self.local_weights(weights)
+            # The records live as long as the graph's own tensors.
             with paused() if retain_graph else nullcontext():
                 output.backward(local, retain_graph=retain_graph)
+            if not retain_graph:
+                self._capture.release_passed()
         return weights
 
     def prepare(
@@ -275,6 +278,7 @@ class Engine:
         except Exception as failure:  # it is raised again on every rank, by the handshake
             error = failure
         infos = self._distribution.handshake(call, agree, info, error)
+        self._dtype = output.dtype
         self._warn_if_uneven(infos)
         rank = self._distribution.group.rank
         return GlobalLayout.of(layout, infos, rank, self._placement), blocks

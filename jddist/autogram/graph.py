@@ -8,6 +8,8 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.parameter import Parameter
 
+from jddist.errors import UnsupportedModelError
+
 from .capture import Mark, marks_of
 from .record import CallRecord
 
@@ -58,6 +60,9 @@ def explore(output: Tensor) -> ReachedGraph:
 
     Args:
         output: A tensor of any shape; without a graph it reaches nothing.
+
+    Raises:
+        UnsupportedModelError: A part of the graph is hidden in a reentrant checkpoint.
     """
     calls: dict[CallRecord, ReachedCall] = {}
     leaves: set[Parameter] = set()
@@ -71,6 +76,11 @@ def explore(output: Tensor) -> ReachedGraph:
             # A leaf may be a plain tensor; then no table of parameters knows it.
             leaves.add(node.variable)  # type: ignore[attr-defined]
             continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise UnsupportedModelError(
+                "Found a reentrant activation checkpoint, which hides its parameters from the "
+                "graph; expected torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
         for mark in marks_of(node):
             calls.setdefault(mark.record, ReachedCall(mark.record)).add(mark, node)
         for child, _ in node.next_functions:

@@ -72,11 +72,12 @@ class LocalPass:
             for leaf in graph.leaves
             if leaf in self.table.index_of and leaf.requires_grad
         }
-        calls = self._usable_calls(graph.calls, layout)
+        calls, elsewhere = self._usable_calls(graph.calls, layout)
         self.samples = _samples_seen(calls)
         signature = self._signature(calls, reached, layout)
         known = self._direct.get(signature)
-        blocks, direct = self._compute(output, layout, calls, reached, known or frozenset())
+        start = (known or frozenset()) | (elsewhere & reached)
+        blocks, direct = self._compute(output, layout, calls, reached, start)
         if known is None:
             wrong = self._check(output, layout, blocks, reached - direct)
             if wrong is None:
@@ -88,20 +89,25 @@ class LocalPass:
 
     def _usable_calls(
         self, calls: Iterable[ReachedCall], layout: OutputLayout
-    ) -> list[tuple[Owner, ReachedCall]]:
+    ) -> tuple[list[tuple[Owner, ReachedCall]], frozenset[int]]:
+        """The calls from which rows can be built, and the parameters that others read as well."""
         usable = []
+        elsewhere: set[int] = set()
         for call in calls:
             owner = self.table.owner_of.get(call.record.module)
-            if owner is None or (owner.rule is None and not self.batched):
+            if owner is None:
                 continue
-            if call.record.released:
+            indices = {self.table.index_of[p] for p in owner.paths.values()}
+            if call.record.released or (owner.rule is None and not self.batched):
+                elsewhere |= indices
                 continue
             shapes = [call.record.output_shapes[index] for index in call.edges]
             if self.batched and any(len(s) == 0 or s[0] != layout.batch for s in shapes):
+                elsewhere |= indices
                 continue
             call.record.check_unmodified(owner.name)
             usable.append((owner, call))
-        return usable
+        return usable, frozenset(elsewhere)
 
     def _signature(
         self,
@@ -249,7 +255,7 @@ class LocalPass:
         if direct and self.batched:
             names = ", ".join(self._entry(i).name for i in sorted(direct))
             reason = (
-                "are read without a batched call of their module (or a backward already went by)"
+                "are read without a batched call of their module that is still on record"
                 if had_calls
                 else "have no recorded call (create the Engine before the forward pass)"
             )
@@ -258,7 +264,7 @@ class LocalPass:
                 "per objective, which is exact but slow.",
                 stacklevel=2,
             )
-        if wrong:
+        if wrong and self.batched:
             names = ", ".join(self._entry(i).name for i in sorted(wrong))
             warnings.warn(
                 f"The rows of the parameters {names}, rebuilt from the recorded calls, do not add "

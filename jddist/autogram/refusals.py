@@ -20,6 +20,11 @@ def check_modules(scope: Mapping[nn.Module, str], *, batched: bool, num_ranks: i
         num_ranks: The number of ranks over which the objectives are spread.
     """
     for module, name in scope.items():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise UnsupportedModelError(
+                f"Found module '{name}' ({type(module).__name__}) with sparse=True; expected dense "
+                "gradients, which are what the rows are made of. Use sparse=False."
+            )
         if isinstance(module, _BatchNorm) and module.training:
             _check_batch_norm(module, name, batched, num_ranks)
         elif batched and isinstance(module, nn.RNNBase):

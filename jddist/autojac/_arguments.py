@@ -18,6 +18,16 @@ def as_tensors(tensors: Sequence[Tensor] | Tensor, name: str) -> list[Tensor]:
     return listed
 
 
+def check_requires_grad(tensors: Sequence[Tensor], name: str) -> None:
+    """Every tensor can be differentiated towards."""
+    for i, tensor in enumerate(tensors):
+        if not tensor.requires_grad:
+            raise ValueError(
+                f"Found `{name}[{i}]` of shape {list(tensor.shape)} with requires_grad=False; "
+                "expected tensors that require a gradient. Set it before the forward pass."
+            )
+
+
 def check_shapes(
     given: Sequence[Tensor], like: Sequence[Tensor], name: str, like_name: str, leading: int
 ) -> None:

@@ -11,9 +11,8 @@ from jddist.distribution.base import Distribution
 
 from ._accumulate import add_jacs, check_expects_gradients
 from ._arguments import as_cotangents, as_tensors
-from ._context import stated_objectives
-from ._differentiate import check_chunk_size, identity_rows, vjp_rows
-from ._graph import leaves_of
+from ._context import default_inputs, involved_distribution, stated_objectives
+from ._differentiate import check_chunk_size, vjp_rows
 from ._jac_to_grad import aggregate_groups
 
 
@@ -42,7 +41,8 @@ def backward(
         inputs: Towards what to differentiate; by default the leaves that ``tensors`` depend on.
         retain_graph: Whether to keep the graph.
         parallel_chunk_size: How many rows to differentiate in parallel: None for all, 1 for one
-            after the other, without vmap.
+            after the other, without vmap. (A tensor inside the graph that retains its gradient
+            gets an unusable ``.grad`` from vmap.)
         distribution: ``Local()`` if every rank is meant to work alone.
 
     Raises:
@@ -50,18 +50,24 @@ def backward(
             told where the objectives live.
         UnattachedParameterError: Several ranks run and an input belongs to no attached model.
     """
+    given = [tensors] if isinstance(tensors, Tensor) else tensors
+    distribution = involved_distribution(given, distribution)
+    placement = stated_objectives(distribution)
     error: Exception | None = None
     found: list[Tensor] = []
     try:
         outputs = as_tensors(tensors, "tensors")
-        found = leaves_of(outputs) if inputs is None else list(dict.fromkeys(inputs))
-        placement, distribution = stated_objectives(found, distribution)
+        if inputs is None:
+            found = default_inputs(outputs, distribution)
+        else:
+            found = list(dict.fromkeys(inputs))
         check_chunk_size(parallel_chunk_size)
         check_expects_gradients(found, ".jac")
-        if jac_tensors is None:
-            cotangents = identity_rows(outputs)
-        else:
-            cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
+        cotangents = (
+            None
+            if jac_tensors is None
+            else as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
+        )
         with distribution.first_pass():
             rows = vjp_rows(
                 outputs,
@@ -75,7 +81,7 @@ def backward(
             distribution.row_placements[tensor] = placement
     except Exception as failure:
         # With an aggregator the other ranks wait for this one, and have to hear of it.
-        if aggregator is None or distribution is None or distribution.group.size == 1:
+        if aggregator is None or distribution.group.size == 1:
             raise
         error = failure
     if aggregator is not None:

@@ -23,23 +23,10 @@ def check_chunk_size(parallel_chunk_size: int | None) -> None:
         )
 
 
-def identity_rows(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """One row per element of all outputs: for each output the cotangents [m, *output.shape]."""
-    total = sum(output.numel() for output in outputs)
-    rows, start = [], 0
-    for output in outputs:
-        count = output.numel()
-        block = torch.zeros(total, count, dtype=output.dtype, device=output.device)
-        block[start : start + count].fill_diagonal_(1)
-        rows.append(block.view(total, *output.shape))
-        start += count
-    return rows
-
-
 def vjp_rows(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
     *,
     retain_graph: bool,
     chunk_size: int | None,
@@ -49,25 +36,78 @@ def vjp_rows(
     Args:
         outputs: Tensors with a graph.
         inputs: Tensors on which they may depend; rows of others are zero.
-        cotangents: For each output, [m, *output.shape].
+        cotangents: For each output, [m, *output.shape]. By default one row for each element of all
+            outputs, that is the identity, of which only a chunk is ever in memory.
         retain_graph: Whether to keep the graph after the last row.
         chunk_size: How many rows to differentiate in parallel by vmap: None for all, 1 for none.
+
+    Returns:
+        Tensors that may be changed in place: they share memory neither with each other nor with
+        the cotangents.
 
     Raises:
         RuntimeError: An operation of the graph cannot be differentiated under vmap.
     """
-    m = len(cotangents[0])
+    m = sum(o.numel() for o in outputs) if cotangents is None else len(cotangents[0])
     if not inputs or m == 0:
         return [input.new_zeros(m, *input.shape) for input in inputs]
     size = m if chunk_size is None else chunk_size
     pieces: list[list[Tensor]] = []
     for start in range(0, m, size):
-        chunk = [c[start : start + size] for c in cotangents]
-        retain = retain_graph or start + size < m
-        pieces.append(_one_chunk(outputs, inputs, chunk, retain))
+        stop = min(start + size, m)
+        retain = retain_graph or stop < m
+        if cotangents is None:
+            chunk = _identity_chunk(outputs, start, stop)
+            # The last pass goes through all outputs, to free the whole graph.
+            active = [i for i, c in enumerate(chunk) if c is not None or not retain]
+        else:
+            chunk = [c[start:stop] for c in cotangents]
+            active = list(range(len(outputs)))
+        filled = [_or_zeros(chunk[i], outputs[i], stop - start) for i in active]
+        pieces.append(_one_chunk([outputs[i] for i in active], inputs, filled, retain))
     if len(pieces) == 1:
-        return pieces[0]
+        return _unshared(pieces[0], cotangents or ())
     return [torch.cat(column) for column in zip(*pieces, strict=True)]
+
+
+def _identity_chunk(outputs: Sequence[Tensor], start: int, stop: int) -> list[Tensor | None]:
+    """Rows ``start`` to ``stop`` of the identity, for each output; None where they are zero."""
+    chunk: list[Tensor | None] = []
+    first = 0
+    for output in outputs:
+        low, high = max(start, first), min(stop, first + output.numel())
+        if low >= high:
+            chunk.append(None)
+        else:
+            block = output.new_zeros(stop - start, output.numel())
+            block[low - start : high - start, low - first : high - first].fill_diagonal_(1)
+            chunk.append(block.view(stop - start, *output.shape))
+        first += output.numel()
+    return chunk
+
+
+def _or_zeros(cotangent: Tensor | None, output: Tensor, count: int) -> Tensor:
+    return output.new_zeros(count, *output.shape) if cotangent is None else cotangent
+
+
+def _unshared(results: Sequence[Tensor], borrowed: Sequence[Tensor]) -> list[Tensor]:
+    """The results, copied where writing into one would change another or a borrowed tensor.
+
+    Autograd hands out one tensor for several inputs (of a sum, say), the cotangent itself, or one
+    expanded from fewer elements.
+    """
+    taken = {tensor.untyped_storage().data_ptr() for tensor in borrowed}
+    own = []
+    for result in results:
+        expanded = any(
+            stride == 0 and size > 1
+            for size, stride in zip(result.shape, result.stride(), strict=True)
+        )
+        if result.numel() and (expanded or result.untyped_storage().data_ptr() in taken):
+            result = result.clone(memory_format=torch.contiguous_format)
+        taken.add(result.untyped_storage().data_ptr())
+        own.append(result)
+    return own
 
 
 def _one_chunk(

@@ -9,9 +9,9 @@ from torch.overrides import is_tensor_like
 
 from jddist.distribution.base import Distribution
 
-from ._arguments import as_cotangents, as_tensors
-from ._context import stated_objectives
-from ._differentiate import check_chunk_size, identity_rows, vjp_rows
+from ._arguments import as_cotangents, as_tensors, check_requires_grad
+from ._context import involved_distribution, stated_objectives
+from ._differentiate import check_chunk_size, vjp_rows
 
 
 def jac(
@@ -34,7 +34,8 @@ def jac(
             identity by default.
         retain_graph: Whether to keep the graph.
         parallel_chunk_size: How many rows to differentiate in parallel: None for all, 1 for one
-            after the other, without vmap.
+            after the other, without vmap. (A tensor inside the graph that retains its gradient
+            gets an unusable ``.grad`` from vmap.)
         distribution: ``Local()`` if every rank is meant to work alone.
 
     Returns:
@@ -49,11 +50,14 @@ def jac(
     differentiated = as_tensors(outputs, "outputs")
     listed: list[Tensor] = [inputs] if is_tensor_like(inputs) else list(inputs)  # type: ignore[list-item]
     unique = list(dict.fromkeys(listed))
-    _, distribution = stated_objectives(unique, distribution)
-    if jac_outputs is None:
-        cotangents = identity_rows(differentiated)
-    else:
-        cotangents = as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
+    check_requires_grad(unique, "inputs")
+    distribution = involved_distribution(differentiated, distribution)
+    stated_objectives(distribution)
+    cotangents = (
+        None
+        if jac_outputs is None
+        else as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
+    )
     with distribution.first_pass():
         rows = vjp_rows(
             differentiated,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -89,17 +90,25 @@ def jac_to_grad_groups(
         raise ValueError(
             f"Found {len(aggregators)} aggregators for {len(groups)} groups; expected one each."
         )
-    shared = [a for i, a in enumerate(aggregators) if any(a is b for b in aggregators[:i])]
-    for aggregator in shared:
-        if any(isinstance(module, Stateful) for module in aggregator.modules()):
-            raise ValueError(
-                f"Found one {type(aggregator).__name__} for several groups; expected an instance "
-                "for each, since it remembers earlier Jacobians."
-            )
+    _check_no_shared_state(aggregators)
     listed = [list(group) for group in groups]
     return aggregate_groups(
         listed, list(aggregators), retain_jac=retain_jac, distribution=distribution
     )
+
+
+def _check_no_shared_state(aggregators: Sequence[Aggregator]) -> None:
+    """Raises ValueError if one stateful object, such as a weighting, serves several groups."""
+    seen: set[nn.Module] = set()
+    for aggregator in aggregators:
+        stateful = {module for module in aggregator.modules() if isinstance(module, Stateful)}
+        if stateful & seen:
+            name = type((stateful & seen).pop()).__name__
+            raise ValueError(
+                f"Found one {name} for several groups; expected an instance for each, since it "
+                "remembers earlier Jacobians."
+            )
+        seen |= stateful
 
 
 def aggregate_groups(
@@ -124,14 +133,21 @@ def aggregate_groups(
     distribution = distribution_of([t for group in groups for t in group], distribution)
     if distribution.group.size > 1:
         return _over_ranks(groups, aggregators, retain_jac, by_gramian, distribution, error)
-    for i, group in enumerate(groups):
+    _check_distinct(groups)
+    for i, (group, aggregator) in enumerate(zip(groups, aggregators, strict=True)):
         _check_group(group, i)
         _check_all_have_jac(group, i, [jac_of(t) is not None for t in group])
         check_same_rows([_present_jac(t) for t in group], "tensors.jac")
-    weights = []
-    for group, aggregator in zip(groups, aggregators, strict=True):
-        weights.append(_in_one_process(group, aggregator, retain_jac, by_gramian))
-    return weights
+        _check_finite(group)
+        if by_gramian:
+            check_can_skip_concatenation(aggregator)
+    results = [
+        _in_one_process(group, aggregator, retain_jac, by_gramian)
+        for group, aggregator in zip(groups, aggregators, strict=True)
+    ]
+    for group, (vectors, _) in zip(groups, results, strict=True):
+        add_grads(group, _shaped(vectors, group))
+    return [weights for _, weights in results]
 
 
 def call_aggregator(aggregator: Aggregator, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -151,9 +167,7 @@ def call_aggregator(aggregator: Aggregator, matrix: Tensor) -> tuple[Tensor, Ten
     return vector, captured[-1] if captured else None
 
 
-def _in_one_process(
-    group: list[Tensor], aggregator: Aggregator, retain_jac: bool, by_gramian: bool
-) -> Tensor | None:
+def _check_finite(group: list[Tensor]) -> None:
     rows = [_present_jac(t).reshape(len(_present_jac(t)), t.numel()) for t in group]
     finite = torch.stack([torch.isfinite(r).all(dim=1) for r in rows]).all(dim=0)
     if not bool(finite.all()):
@@ -162,24 +176,30 @@ def _in_one_process(
             f"Found NaN or infinity in the rows of {bad}; expected finite rows. No .grad was "
             "written. Lower the learning rate, or look at the data."
         )
-    if by_gramian:
-        check_can_skip_concatenation(aggregator)
-        assert isinstance(aggregator, GramianWeightedAggregator)
-        if not retain_jac:
-            free_jacs(group)
-        gramian = torch.stack([compute_gramian(r) for r in rows]).sum(dim=0)
-        weights: Tensor | None = aggregator.gramian_weighting(gramian)
-        assert weights is not None
-        vectors = [weights.to(r.dtype) @ r for r in rows]
-    else:
-        if not retain_jac:
-            free_jacs(group)
-        matrix = torch.cat(rows, dim=1)
-        del rows
+
+
+def _in_one_process(
+    group: list[Tensor], aggregator: Aggregator, retain_jac: bool, by_gramian: bool
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """A vector for each tensor, and the weights, if any. Nothing is written."""
+    rows = deque(_present_jac(t).reshape(len(_present_jac(t)), t.numel()) for t in group)
+    if not retain_jac:
+        free_jacs(group)
+    if not by_gramian:
+        matrix = torch.cat(list(rows), dim=1)
+        rows.clear()
         vector, weights = call_aggregator(aggregator, matrix)
-        vectors = list(vector.split([t.numel() for t in group]))
-    add_grads(group, _shaped(vectors, group))
-    return weights
+        return vector.split([t.numel() for t in group]), weights
+    assert isinstance(aggregator, GramianWeightedAggregator)
+    gramian: Tensor = compute_gramian(rows[0])
+    for other in list(rows)[1:]:
+        gramian = gramian + compute_gramian(other)
+    weights = aggregator.gramian_weighting(gramian)
+    vectors = []
+    while rows:  # each row block is let go as soon as it was used
+        block = rows.popleft()
+        vectors.append(weights.to(block.dtype) @ block)
+    return vectors, weights
 
 
 def check_can_skip_concatenation(aggregator: Aggregator) -> None:
@@ -209,6 +229,7 @@ def _over_ranks(
     try:
         if error is not None:
             raise error
+        _check_distinct(groups)
         for i, (group, aggregator) in enumerate(zip(groups, aggregators, strict=True)):
             _check_group(group, i)
             check_aggregator(aggregator)
@@ -303,6 +324,19 @@ def _row_counts(rows: list[int | None], placement: Placement) -> list[int]:
             "objectives on every rank."
         )
     return [known.pop()] * len(rows)
+
+
+def _check_distinct(groups: list[list[Tensor]]) -> None:
+    seen: dict[Tensor, int] = {}
+    for i, group in enumerate(groups):
+        for tensor in group:
+            if tensor in seen:
+                where = f"group {i}" if seen[tensor] == i else f"the groups {seen[tensor]} and {i}"
+                raise ValueError(
+                    f"Found a tensor of shape {tuple(tensor.shape)} more than once in {where}; "
+                    "expected each once, since its .jac is aggregated once."
+                )
+            seen[tensor] = i
 
 
 def _check_group(group: list[Tensor], index: int) -> None:

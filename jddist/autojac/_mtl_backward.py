@@ -12,14 +12,12 @@ from torch.distributed.tensor import Placement
 from jddist.distribution.base import Distribution, is_average
 from jddist.distribution.counts import Count, checked_count, shares_of_samples
 from jddist.distribution.exchange import scale_rows
-from jddist.distribution.select import distribution_of
 from jddist.errors import NonFiniteObjectiveError
 
 from ._accumulate import add_grads, add_jacs, check_expects_gradients
 from ._arguments import as_tensors, check_shapes
-from ._context import task_placement
+from ._context import default_inputs, involved_distribution, task_placement
 from ._differentiate import check_chunk_size, vjp_rows
-from ._graph import leaves_of
 
 
 @dataclass(eq=False)
@@ -71,7 +69,8 @@ def mtl_backward(
         shared_params: By default the leaves that the features depend on.
         retain_graph: Whether to keep the graph.
         parallel_chunk_size: How many rows to differentiate in parallel: None for all, 1 for one
-            after the other, without vmap.
+            after the other, without vmap. (A tensor inside the graph that retains its gradient
+            gets an unusable ``.grad`` from vmap.)
         count: On several ranks, the number of samples behind this rank's losses: an int, or one
             number per task where labels are missing. A task with 0 adds nothing, and its loss may
             be NaN.
@@ -84,7 +83,7 @@ def mtl_backward(
         LayoutMismatchError: The ranks disagree on the number of tasks.
         RankError: Another rank failed.
     """
-    group = _involved(tensors, distribution)
+    group = involved_distribution(tensors, distribution)
     placement = task_placement(group)
     error: Exception | None = None
     found: TaskGradients | None = None
@@ -100,6 +99,7 @@ def mtl_backward(
                 grad_tensors,
                 None if tasks_params is None else [_unique(p) for p in tasks_params],
                 None if shared_params is None else _unique(shared_params),
+                group,
                 retain_graph,
                 parallel_chunk_size,
             )
@@ -130,12 +130,6 @@ def mtl_backward(
         group.row_placements[parameter] = placement
 
 
-def _involved(tensors: Sequence[Tensor], given: Distribution | None) -> Distribution:
-    """The distribution of what the losses depend on; arguments are checked elsewhere."""
-    graphs = [t for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
-    return distribution_of(leaves_of(graphs), given)
-
-
 def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(dict.fromkeys(tensors))
 
@@ -146,13 +140,14 @@ def _differentiate(
     grad_tensors: Sequence[Tensor] | None,
     tasks_params: list[list[Tensor]] | None,
     shared_params: list[Tensor] | None,
+    distribution: Distribution,
     retain_graph: bool,
     chunk_size: int | None,
 ) -> TaskGradients:
     check_chunk_size(chunk_size)
-    shared = leaves_of(features) if shared_params is None else shared_params
+    shared = default_inputs(features, distribution) if shared_params is None else shared_params
     if tasks_params is None:
-        tasks_params = [leaves_of([loss], excluded=features) for loss in losses]
+        tasks_params = [default_inputs([t], distribution, excluded=features) for t in losses]
     if len(tasks_params) != len(losses):
         raise ValueError(
             f"Found {len(tasks_params)} `tasks_params` for {len(losses)} `tensors`; expected as "

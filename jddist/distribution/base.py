@@ -95,6 +95,11 @@ def attached_distribution(parameter: Tensor) -> Distribution | None:
     return found
 
 
+def all_attached() -> list[Distribution]:
+    """The distributions of all attached parameters, with repetitions."""
+    return list(_attached.values())
+
+
 def check_placement(placement: Placement) -> Placement:
     """Raises ValueError unless it is Shard(0), Partial("avg") or Partial("sum")."""
     if placement in POSSIBLE_PLACEMENTS:

@@ -51,7 +51,7 @@ class Group:
         gathered = torch.empty(self.size * len(padded), dtype=torch.uint8)
         _all_gather(gathered, padded, group=self._control)
         rows = gathered.view(self.size, -1)
-        return [bytes(row[:n].tolist()) for row, n in zip(rows, lengths, strict=True)]
+        return [row[:n].numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]
 
     def broadcast_payload(self, payload: bytes | None, length: int) -> bytes:
         """Rank 0's bytes, of a length that every rank knows."""
@@ -62,7 +62,7 @@ class Group:
         if payload is not None:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         dist.broadcast(buffer, group=self._control, group_src=0)
-        return bytes(buffer.tolist())
+        return buffer.numpy().tobytes()
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jddist.errors import UnattachedParameterError, UnsupportedModelError
 
-from .base import Distribution, attached_distribution
+from .base import Distribution, all_attached, attached_distribution
 from .data_parallel import DataParallel
 from .local import Local
 
@@ -79,6 +79,11 @@ def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) ->
     if given is not None:
         return given
     parameters = list(parameters)
+    if not parameters and num_ranks() > 1:
+        # A call with wrong arguments: the others have to hear of it all the same.
+        only = {id(d): d for d in all_attached()}
+        if len(only) == 1:
+            return next(iter(only.values()))
     found = [attached_distribution(p) for p in parameters]
     known = {id(d): d for d in found if d is not None}
     if len(known) > 1:
@@ -87,9 +92,7 @@ def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) ->
             "those of one. Attach one wrapper that contains them all."
         )
     missing = [p for p, d in zip(parameters, found, strict=True) if d is None]
-    if missing and (num_ranks() > 1 or known):
-        if num_ranks() == 1:
-            return Local()
+    if missing and num_ranks() > 1:
         shapes = ", ".join(str(tuple(p.shape)) for p in missing[:5])
         raise UnattachedParameterError(
             f"Found {len(missing)} parameters (of shapes {shapes}) that belong to no attached "

@@ -77,7 +77,9 @@ def normal(*shape: int, name: str = "x") -> Callable[[int, torch.Generator], Bat
     return make
 
 
-def tokens(length: int, vocabulary: int, name: str = "x") -> Callable[[int, torch.Generator], Batch]:
+def tokens(
+    length: int, vocabulary: int, name: str = "x"
+) -> Callable[[int, torch.Generator], Batch]:
     """Batches of token numbers [b, length], with repetitions."""
 
     def make(size: int, generator: torch.Generator) -> Batch:

@@ -61,14 +61,24 @@ _flat = _layer(nn.Flatten)
 
 
 LAYERS = [
-    Case("mlp", _sequential(_linear(6, 7), _relu, _linear(7, 8), _tanh, _linear(8, 3)), normal(6), on_x),
+    Case(
+        "mlp",
+        _sequential(_linear(6, 7), _relu, _linear(7, 8), _tanh, _linear(8, 3)),
+        normal(6),
+        on_x,
+    ),
     Case(
         "mlp_inplace_relu",
         _sequential(_linear(6, 7), _layer(nn.ReLU, inplace=True), _linear(7, 3)),
         normal(6),
         on_x,
     ),
-    Case("linear_no_bias", _sequential(_linear(6, 7, bias=False), _tanh, _linear(7, 2)), normal(6), on_x),
+    Case(
+        "linear_no_bias",
+        _sequential(_linear(6, 7, bias=False), _tanh, _linear(7, 2)),
+        normal(6),
+        on_x,
+    ),
     Case("linear_one_output", _sequential(_linear(6, 1), _layer(nn.Flatten, 0)), normal(6), on_x),
     Case("linear_3d", _sequential(_linear(6, 7), _tanh, _linear(7, 3)), normal(4, 6), on_x),
     Case("linear_4d", _sequential(_linear(6, 7), _tanh, _linear(7, 3)), normal(2, 4, 6), on_x),
@@ -116,7 +126,10 @@ LAYERS = [
     Case(
         "instance_norm",
         _sequential(
-            _layer(nn.Conv2d, 3, 4, 3), _norm(nn.InstanceNorm2d, 4, affine=True), _flat, _linear(64, 3)
+            _layer(nn.Conv2d, 3, 4, 3),
+            _norm(nn.InstanceNorm2d, 4, affine=True),
+            _flat,
+            _linear(64, 3),
         ),
         normal(3, 6, 6),
         on_x,
@@ -125,7 +138,9 @@ LAYERS = [
     ),
     Case(
         "prelu",
-        _sequential(_linear(6, 7), _norm(nn.PReLU), _linear(7, 8), _norm(nn.PReLU, 8), _linear(8, 2)),
+        _sequential(
+            _linear(6, 7), _norm(nn.PReLU), _linear(7, 8), _norm(nn.PReLU, 8), _linear(8, 2)
+        ),
         normal(6),
         on_x,
     ),
@@ -160,7 +175,9 @@ LAYERS = [
     Case(
         "conv2d_dilated_grouped",
         _sequential(
-            _layer(nn.Conv2d, 4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2),
+            _layer(
+                nn.Conv2d, 4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2
+            ),
             _tanh,
             _layer(nn.Conv2d, 6, 3, 3, padding="same"),
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,6 +136,10 @@ class _RelativeBias(nn.Module):
         return out
 
 
+def _attention(implementation: str) -> dict[str, Any]:
+    return {"attn_implementation": implementation}
+
+
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -150,7 +155,7 @@ def _gpt2() -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
-        attn_implementation="eager",
+        **_attention("eager"),
     )
     return GPT2LMHeadModel(config)
 
@@ -170,7 +175,7 @@ def _llama(attention: str = "eager") -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
-        attn_implementation=attention,
+        **_attention(attention),
     )
     return LlamaForCausalLM(config)
 
@@ -190,7 +195,7 @@ def _language_model_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class _Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], **kwargs: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], **kwargs: Any) -> None:
         super().__init__()
         self.recurrent = kind(5, 4, batch_first=True, **kwargs)
         self.head = nn.Linear(4 * self.recurrent.num_layers, 2)
@@ -210,9 +215,7 @@ SEQUENCES = [
         _queries_and_keys,
         lambda model, batch: per_sample(*model(batch["x"], batch["keys"])),
     ),
-    Case(
-        "positions_first_attention", _PositionsFirstAttention, normal(4, 8), on_x, announced=True
-    ),
+    Case("positions_first_attention", _PositionsFirstAttention, normal(4, 8), on_x, announced=True),
     Case(
         "transformer_layer_post_norm",
         lambda: nn.Sequential(_encoder_layer(dropout=0.0), nn.Linear(8, 3)),

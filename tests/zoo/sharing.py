@@ -1,4 +1,4 @@
-"""Who reads a parameter, how often, and from where: ties, repeated calls, parents, functional use."""
+"""Who reads a parameter, how often and from where: ties, repeated calls, parents, functions."""
 
 from __future__ import annotations
 
@@ -230,7 +230,9 @@ SHARING = [
     Case("parent_parameters", _ParentParameters, normal(6), on_x),
     Case("nested_parents", _NestedParents, normal(6), on_x),
     Case("root_scale", lambda: _RootScale(True), normal(6), on_x),
-    Case("root_scale_in_loss", lambda: _RootScale(False), normal(6), _scaled_outside, announced=True),
+    Case(
+        "root_scale_in_loss", lambda: _RootScale(False), normal(6), _scaled_outside, announced=True
+    ),
     Case("frozen_parameters", _Frozen, normal(6), on_x),
     Case("unused_parameters", _Unused, normal(6), on_x),
     Case("no_grad_call", _NoGradCall, normal(6), on_x),

@@ -66,6 +66,9 @@ def vjp_rows(record: LayerRecord, paths: list[str]) -> dict[str, JacobianBlock]:
             (result,) = pullback(tuple(g.unsqueeze(0) for g in grad))
             return result
 
+        if len(grads[0]) == 1:  # no need for a second level of vmap, where some operators fail
+            only = row([g.squeeze(0) for g in grads])
+            return {path: value.unsqueeze(0) for path, value in only.items()}
         return torch.func.vmap(row, randomness="error")(grads)
 
     with paused(), _as_recorded(record.call), warnings.catch_warnings():
@@ -73,6 +76,12 @@ def vjp_rows(record: LayerRecord, paths: list[str]) -> dict[str, JacobianBlock]:
         warnings.filterwarnings("ignore", message="There is a performance drop")
         per_sample = torch.func.vmap(rows_of_sample, in_dims=(0, 1), randomness="different")
         rows = per_sample(mapped, cotangents)  # [b, k, *shape]
+    for path, value in rows.items():
+        expected = (record.batch, len(cotangents[0]), *parameters[path].shape)
+        if value.shape != expected:
+            raise RuntimeError(
+                f"vmap gave rows of shape {tuple(value.shape)} for '{path}' instead of {expected}"
+            )
     return {
         path: DenseBlock(value.reshape(-1, parameters[path].numel()))
         for path, value in rows.items()

@@ -5,10 +5,7 @@ The oracle works on a second model, from the same seed, that no engine has touch
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,22 +14,9 @@ from torch import Tensor, nn
 from jddist.autogram import Engine
 from tests._oracle import flat_grad, gramian, jacobian, relative_error, weighted_gradient
 from tests.cases import CASES, Case
+from tests.unit.autogram._common import SLOW_WAY, slow_way
 
 BATCH = 5
-
-_SLOW_WAY = re.compile(r"(?s).*one backward pass per objective")
-
-
-@contextmanager
-def slow_way(announced: bool) -> Iterator[None]:
-    """Fails unless the slow way is announced exactly if expected; other warnings are errors."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    texts = [str(w.message) for w in caught]
-    others = [text for text in texts if not _SLOW_WAY.match(text)]
-    assert not others, others
-    assert bool(texts) == announced, texts or "the slow way was not announced"
 
 
 def _losses(case: Case, model: nn.Module, size: int, seed: int = 0) -> Tensor:
@@ -86,7 +70,7 @@ def test_one_sample(case: Case) -> None:
     engine = Engine(model, batch_dim=0)
     losses = _losses(case, model, 1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", _SLOW_WAY.pattern)
+        warnings.filterwarnings("ignore", SLOW_WAY)
         found = engine.compute_gramian(losses)
     assert relative_error(found, gramian(losses, model.parameters())) <= case.tolerance
 
@@ -107,7 +91,7 @@ def test_next_batches(case: Case) -> None:
     for size, seed in [(4, 3), (6, 4), (3, 5)]:
         losses = _losses(case, model, size, seed)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _SLOW_WAY.pattern)
+            warnings.filterwarnings("ignore", SLOW_WAY)
             found = engine.compute_gramian(losses)
         assert relative_error(found, gramian(losses, model.parameters())) <= case.tolerance
 

@@ -1,0 +1,112 @@
+"""Narrow dtypes: the Gramian is as exact as the factors from which it is made.
+
+The reference multiplies the very same activations and gradients, in float64: a float64 network
+would measure the rounding of the forward, which is not the engine's.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jddist.autogram import Engine
+from tests._oracle import gramian, jacobian, relative_error
+from tests.unit.autogram._common import Offset, losses_of
+
+
+def _deep_mlp(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(4)
+    layers: list[nn.Module] = []
+    for _ in range(6):
+        layers += [nn.Linear(48, 48), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(48, 10)).to(dtype)
+
+
+def _gramian_of_factors(model: nn.Sequential, x: Tensor) -> Tensor:
+    """The sum over layers of (A A^T + 1) * (D D^T), in float64, from the factors as they are."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    handles = [
+        layer.register_forward_hook(lambda _m, args, out: pairs.append((args[0], out)))
+        for layer in model
+        if isinstance(layer, nn.Linear)
+    ]
+    losses = losses_of(model(x))
+    for handle in handles:
+        handle.remove()
+    grads = torch.autograd.grad(losses.sum(), [out for _, out in pairs])
+    total = torch.zeros(len(x), len(x), dtype=torch.float64)
+    for (a, _), g in zip(pairs, grads, strict=True):
+        a64, g64 = a.detach().double(), g.double()
+        total += (a64 @ a64.T + 1) * (g64 @ g64.T)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [
+        # One product of two float32 Grams, added up in float64: a few rounding errors of 6e-8.
+        (torch.float32, 2e-7),
+        # bf16 factors multiply exactly into float32; what is left is float32's own rounding.
+        (torch.bfloat16, 5e-7),
+    ],
+    ids=["float32", "bfloat16"],
+)
+def test_the_gramian_is_that_of_the_factors(dtype: torch.dtype, bound: float) -> None:
+    model = _deep_mlp(dtype)
+    x = torch.randn(32, 48).to(dtype)
+    engine = Engine(model, batch_dim=0)
+    found = engine.compute_gramian(losses_of(model(x)))
+    assert found.dtype == torch.float32
+    assert relative_error(found, _gramian_of_factors(model, x)) <= bound
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_float32_rows(batch_dim: int | None) -> None:
+    """Layers of all ways, rows as autograd computes them in float32."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Unflatten(1, (6, 8)), nn.Linear(8, 9), Offset(9), nn.LayerNorm(9), nn.Flatten()
+    )
+    engine = Engine(model, batch_dim=batch_dim)
+    losses = losses_of(model(torch.randn(12, 48)))
+    found = engine.compute_gramian(losses)
+    rows = jacobian(losses, model.parameters()).double()
+    # Both sides round: each row, and each sum over 9 to 72 terms, a few times 6e-8.
+    assert relative_error(found, rows @ rows.T) <= 1e-6
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_autocast(batch_dim: int | None) -> None:
+    """The forward of the fallback runs again, outside of the user's autocast."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Linear(48, 40), nn.Tanh(), _Mixer(40), nn.LayerNorm(40), nn.Linear(40, 5)
+    )
+    engine = Engine(model, batch_dim=batch_dim)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(torch.randn(12, 48))
+    assert output.dtype == torch.bfloat16
+    losses = losses_of(output.float())
+    found = engine.compute_gramian(losses)
+    assert found.dtype == torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = gramian(losses, model.parameters())
+    # The oracle rounds every row to bf16 (eps 8e-3, half of it per entry, uncorrelated); the
+    # engine does not.
+    assert relative_error(found, expected) <= 4e-3
+
+
+class _Mixer(nn.Module):
+    """No rule: its matrix product runs in bf16 under autocast, in float32 without."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size) / size**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        return (x @ self.weight).sin()
