@@ -207,9 +207,13 @@ def plot_gramian(args: argparse.Namespace, data: Data, ranks: Ranks) -> None:
         write_heat_map(Path(args.out), gramian.cpu(), data.train_y.cpu()[batch].tolist())
 
 
-def relaunch(args: argparse.Namespace, options: list[str]) -> None:
-    """Runs this script with 1, 2, ... up to ``--nproc`` ranks, and compares the results."""
+def relaunch(args: argparse.Namespace) -> None:
+    """Runs this script with 1, 2 and ``--nproc`` ranks, and compares the results."""
     counts = sorted({1, 2, args.nproc} if args.nproc > 1 else {1})
+    options = ["--method", *args.method, "--seeds", str(args.seeds), "--epochs", str(args.epochs)]
+    options += ["--batch-size", str(args.batch_size)]
+    if args.lr:
+        options += ["--lr", *map(str, args.lr)]
     for count in counts:
         print(f"\n{count} rank{'s' if count > 1 else ''}", flush=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -241,9 +245,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     if args.nproc is not None:
-        options = [o for o in sys.argv[1:] if not o.startswith(("--nproc", "--out"))]
-        options = [o for o in options if o not in (str(args.nproc), args.out)]
-        relaunch(args, options)
+        relaunch(args)
         return
     ranks = start_ranks()
     try:

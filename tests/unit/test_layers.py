@@ -1,4 +1,4 @@
-"""The layers of the package: the mathematics never sees ranks, and only one place sends anything."""
+"""The layers of the package: the mathematics never sees ranks, and one place alone sends."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def make_matrix(kind: str, m: int, seed: int, n: int = N_COLUMNS) -> Tensor:
 
 @st.composite
 def small_matrices(draw: st.DrawFn, max_rows: int = 5, max_columns: int = 6) -> Tensor:
-    """A Jacobian of quarters between -4 and 4, whose Gramian is exact: ties and zeros are common."""
+    """A Jacobian of quarters between -4 and 4: its Gramian is exact, ties and zeros common."""
     m = draw(st.integers(1, max_rows))
     n = draw(st.integers(1, max_columns))
     quarters = draw(st.lists(st.integers(-16, 16), min_size=m * n, max_size=m * n))

@@ -63,7 +63,7 @@ def test_mgda_is_non_conflicting(matrix: Tensor) -> None:
     epsilon = 1e-3
     gramian = matrix @ matrix.T
     weights = MGDAWeighting(epsilon=epsilon, max_iters=100_000)(gramian)
-    # The last step is a gap over |row - result|^2 and is below epsilon: gap <= 4 epsilon max|row|^2,
+    # The last step is a gap over |row - result|^2 and below epsilon: gap <= 4 epsilon max|row|^2;
     # and taking that step moves J x by 2 epsilon max|row|^2 at most.
     assert (gramian @ weights >= -6.0 * epsilon * gramian.diagonal().max()).all()
 

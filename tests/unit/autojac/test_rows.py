@@ -123,6 +123,8 @@ def test_wrong_arguments_are_refused() -> None:
         backward(torch.ones(2))
     with pytest.raises(ValueError, match="a leaf that requires a gradient"):
         backward(y, inputs=[x])
+    with pytest.raises(ValueError, match=r"`inputs\[1\]` of shape \[6, 4\]"):
+        jac(y, [parameters[0], x])
     with pytest.raises(ValueError, match="Found 2 `jac_tensors` for 1"):
         backward(y, jac_tensors=[torch.eye(6).double(), torch.eye(6).double()])
     with pytest.raises(ValueError, match=r"expected \[m, \*\[6\]\]"):
