@@ -16,7 +16,6 @@ on, with a warning: slow, but never silently wrong.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -26,12 +25,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .blocks import DenseBlock, JacobianBlock, sum_blocks
-from .differentiate import row_gradients, sample_gradients, weighted_gradients
+from .differentiate import row_gradients, sample_gradients
 from .graph import ReachedCall, explore
 from .layout import OutputLayout
 from .parameters import Entry, Owner, ParameterTable
 from .record import LayerRecord
 from .rules.fallback import batched_leaves, vjp_rows
+from .self_check import warn_direct, warn_wrong, wrong_entries
 
 Blocks = list[JacobianBlock | None]
 
@@ -79,10 +79,13 @@ class LocalPass:
         start = (known or frozenset()) | (elsewhere & reached)
         blocks, direct = self._compute(output, layout, calls, reached, start)
         if known is None:
-            wrong = self._check(output, layout, blocks, reached - direct)
+            entries = [self._entry(i) for i in sorted(reached - direct)]
+            eps = _coarsest_rounding(calls)
+            wrong = wrong_entries(output, layout, entries, blocks, eps)
             if wrong is None:
                 return blocks  # NaN proves nothing: check again next time
-            self._warn_about(direct, wrong, had_calls=bool(graph.calls))
+            if self.batched:  # without a batch dimension the direct way is the usual one
+                self._warn_about(direct, wrong, had_calls=bool(graph.calls))
             self._direct[signature] = direct | wrong
             self._fill_directly(output, layout, blocks, wrong)
         return blocks
@@ -225,81 +228,22 @@ class LocalPass:
                 None if value is None else DenseBlock(value.reshape(layout.num_rows, -1))
             )
 
-    def _check(
-        self, output: Tensor, layout: OutputLayout, blocks: Blocks, indices: Iterable[int]
-    ) -> frozenset[int] | None:
-        """The parameters among ``indices`` whose blocks do not combine to autograd's gradient.
-
-        None if that gradient is not finite.
-        """
-        entries = [self._entry(i) for i in sorted(indices)]
-        if not entries:
-            return frozenset()
-        generator = torch.Generator().manual_seed(layout.num_rows)
-        draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
-        draw = draw.to(device=output.device, dtype=output.dtype)
-        expected = weighted_gradients(output, layout.shaped(draw), [e.parameter for e in entries])
-        with torch.no_grad():
-            total = sum(float(g.double().norm() ** 2) for g in expected if g is not None) ** 0.5
-            if not math.isfinite(total):
-                return None
-            return frozenset(
-                entry.index
-                for entry, gradient in zip(entries, expected, strict=True)
-                if not _agree(blocks[entry.index], draw, gradient, total)
-            )
-
     def _warn_about(
         self, direct: frozenset[int], wrong: frozenset[int], *, had_calls: bool
     ) -> None:
-        if direct and self.batched:
-            names = ", ".join(self._entry(i).name for i in sorted(direct))
-            reason = (
-                "are read without a batched call of their module that is still on record"
-                if had_calls
-                else "have no recorded call (create the Engine before the forward pass)"
-            )
-            warnings.warn(
-                f"The parameters {names} {reason}: their rows are computed by one backward pass "
-                "per objective, which is exact but slow.",
-                stacklevel=2,
-            )
-        if wrong and self.batched:
-            names = ", ".join(self._entry(i).name for i in sorted(wrong))
-            warnings.warn(
-                f"The rows of the parameters {names}, rebuilt from the recorded calls, do not add "
-                "up to autograd's gradient: a module mixes the samples, its tensors do not have "
-                "the samples first, or its parameters are also read without calling it. Their "
-                "rows are computed by one backward pass per objective, which is exact but slow.",
-                stacklevel=2,
-            )
+        if direct:
+            warn_direct([self._entry(i).name for i in sorted(direct)], had_calls=had_calls)
+        if wrong:
+            warn_wrong([self._entry(i).name for i in sorted(wrong)])
 
     def _entry(self, index: int) -> Entry:
         return self.table.entries[index]
 
 
-def _agree(
-    block: JacobianBlock | None, weights: Tensor, expected: Tensor | None, total: float
-) -> bool:
-    """Whether the rows of ``block``, combined, are the ``expected`` gradient up to rounding.
-
-    Rows attributed to wrong samples miss by the size of the gradient itself; rounding, also of
-    half-precision activations, stays far below the bound. ``total`` is the norm of the gradient of
-    all parameters: some gradients are zero but for rounding (the bias of attention keys).
-    """
-    eps = torch.finfo(weights.dtype if expected is None else expected.dtype).eps
-    combined = None if block is None else block.combine(weights).double()
-    target = None if expected is None else expected.reshape(-1).double()
-    if combined is None and target is None:
-        return True
-    if combined is None or target is None:
-        present = combined if combined is not None else target
-        assert present is not None
-        difference = scale = present.norm()
-    else:
-        difference = (combined - target).norm()
-        scale = combined.norm() + target.norm()
-    return bool(difference <= min(0.1, 30 * eps**0.5) * scale + min(0.1, 1e3 * eps) * total)
+def _coarsest_rounding(calls: list[tuple[Owner, ReachedCall]]) -> float:
+    """The machine epsilon of the autocast dtype that some call ran in; 0 without autocast."""
+    casts = [call.record.autocast for _, call in calls]
+    return max((torch.finfo(cast.dtype).eps for cast in casts if cast.enabled), default=0.0)
 
 
 def _samples_seen(calls: list[tuple[Owner, ReachedCall]]) -> int:

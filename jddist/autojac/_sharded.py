@@ -83,8 +83,11 @@ def aggregate(
     shards = [_column_shard(group, distribution) for group in groups]
     gramians = _sum_gramians(groups, shards, finite, distribution)
     weights = _weigh(groups, gramians, distribution)
-    results = []
+    results: list[tuple[Tensor, Tensor | None]] = []
     for group, shard, gramian, weight in zip(groups, shards, gramians, weights, strict=True):
+        if group.num_rows == 0:
+            results.append((shard.new_zeros(shard.shape[1]), shard.new_zeros(0)))
+            continue
         with acting_on(_Shard(distribution, gramian, weight)):
             results.append(call(group.aggregator, shard))
     vectors = _gather(groups, [vector for vector, _ in results], distribution)
@@ -135,7 +138,7 @@ def _sum_gramians(
         start = sum(group.row_counts[: ranks.rank]) if is_sharded(group.placement) else 0
         flags[ranks.rank, start : start + len(ok)] = (~ok).double()
         gramian = flags.new_empty(0)
-        if isinstance(group.aggregator, GramianWeightedAggregator):
+        if m and isinstance(group.aggregator, GramianWeightedAggregator):
             gramian = (shard @ shard.T).double()
         pieces += [flags.reshape(-1), gramian.reshape(-1)]
         sizes += [flags.numel(), gramian.numel()]

@@ -45,6 +45,19 @@ def test_the_first_failure_surfaces_with_its_type_and_traceback() -> None:
     assert time.monotonic() - start < 30  # not the group's timeout of 60 s
 
 
+def _fail_while_others_work(rank: int, world_size: int) -> None:
+    if rank == 0:
+        raise ZeroDivisionError("the culprit")
+    time.sleep(600)
+
+
+def test_nobody_waits_for_ranks_that_outlive_a_failure() -> None:
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError, match="the culprit"):
+        run_ranks(_fail_while_others_work, 2)
+    assert time.monotonic() - start < 30  # the grace is 5 s, the timeout 75 s
+
+
 class _Unpicklable(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")

@@ -1,0 +1,104 @@
+"""Blocks of rows against autograd: a random combination of the rows must be the gradient it gives.
+
+One vector-Jacobian product finds whatever would otherwise be silently wrong: rows attributed to the
+wrong samples, contributions that no recorded call accounts for, a rule that does not fit its layer.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .blocks import JacobianBlock
+from .differentiate import weighted_gradients
+from .layout import OutputLayout
+from .parameters import Entry
+
+
+def wrong_entries(
+    output: Tensor,
+    layout: OutputLayout,
+    entries: Sequence[Entry],
+    blocks: Sequence[JacobianBlock | None],
+    eps: float,
+) -> frozenset[int] | None:
+    """The indices of those entries whose blocks do not combine to autograd's gradient.
+
+    Args:
+        output: The objectives, with their graph, which is kept.
+        layout: The layout of ``output``.
+        entries: The parameters to check.
+        blocks: The blocks of all parameters.
+        eps: A machine epsilon coarser than that of the parameters, if something ran with it.
+
+    Returns:
+        Indices, or None if the gradient is not finite and nothing can be said.
+    """
+    if not entries:
+        return frozenset()
+    generator = torch.Generator().manual_seed(layout.num_rows)
+    draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
+    draw = draw.to(device=output.device, dtype=output.dtype)
+    expected = weighted_gradients(output, layout.shaped(draw), [e.parameter for e in entries])
+    with torch.no_grad():
+        total = math.hypot(*(float(g.double().norm()) for g in expected if g is not None))
+        if not math.isfinite(total):
+            return None
+        return frozenset(
+            entry.index
+            for entry, gradient in zip(entries, expected, strict=True)
+            if not _agree(blocks[entry.index], draw, gradient, total, eps)
+        )
+
+
+def warn_direct(names: Sequence[str], *, had_calls: bool) -> None:
+    """Says which parameters no usable call accounts for."""
+    reason = (
+        "are read without a batched call of their module that is still on record"
+        if had_calls
+        else "have no recorded call (create the Engine before the forward pass)"
+    )
+    warnings.warn(
+        f"The parameters {', '.join(names)} {reason}: their rows are computed by one backward pass "
+        "per objective, which is exact but slow.",
+        stacklevel=2,
+    )
+
+
+def warn_wrong(names: Sequence[str]) -> None:
+    """Says which parameters' blocks were found wrong."""
+    warnings.warn(
+        f"The rows of the parameters {', '.join(names)}, rebuilt from the recorded calls, do not "
+        "add up to autograd's gradient: a module mixes the samples, its tensors do not have the "
+        "samples first, or its parameters are also read without calling it. Their rows are "
+        "computed by one backward pass per objective, which is exact but slow.",
+        stacklevel=2,
+    )
+
+
+def _agree(
+    block: JacobianBlock | None,
+    weights: Tensor,
+    expected: Tensor | None,
+    total: float,
+    eps: float,
+) -> bool:
+    """Whether the rows of ``block``, combined, are the ``expected`` gradient up to rounding.
+
+    Rows attributed to wrong samples miss by the size of the gradient itself; rounding, also of
+    half-precision activations, stays far below the bound. ``total`` is the norm of the gradient of
+    all parameters: some gradients are zero but for rounding (the bias of attention keys).
+    """
+    if block is None and expected is None:
+        return True
+    zero = weights.new_zeros((), dtype=torch.float64)
+    combined = zero if block is None else block.combine(weights).double()
+    target = zero if expected is None else expected.reshape(-1).double()
+    eps = max(eps, torch.finfo(weights.dtype if expected is None else expected.dtype).eps)
+    difference = (combined - target).norm()
+    scale = combined.norm() + target.norm()
+    return bool(difference <= min(0.1, 30 * eps**0.5) * scale + min(0.01, 1e3 * eps) * total)

@@ -1,0 +1,148 @@
+"""``jac_to_grad`` on several ranks: agree on the rows there are, then aggregate column shards."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Placement
+
+from jddist.aggregation import Aggregator
+from jddist.distribution.base import POSSIBLE_PLACEMENTS, Distribution, is_sharded
+from jddist.errors import LayoutMismatchError
+
+from ._accumulate import add_grads, free_jacs, jac_of
+from ._arguments import check_same_rows
+from ._groups import (
+    call_aggregator,
+    check_all_have_jac,
+    check_can_skip_concatenation,
+    check_distinct,
+    check_group,
+    shaped,
+)
+from ._sharded import RowGroup, aggregate, check_aggregator
+
+
+def aggregate_over_ranks(
+    groups: list[list[Tensor]],
+    aggregators: list[Aggregator],
+    retain_jac: bool,
+    by_gramian: bool,
+    distribution: Distribution,
+    error: Exception | None,
+) -> list[Tensor | None]:
+    """Aggregates all groups over all ranks; what fails before the exchange fails everywhere.
+
+    Args:
+        groups: Tensors, some of which may have no ``.jac`` on this rank.
+        aggregators: One for each group.
+        retain_jac: Whether to keep the ``.jac``.
+        by_gramian: Whether the aggregators must look at nothing but the Gramian.
+        distribution: The ranks.
+        error: What this rank already ran into, for the others to hear.
+
+    Returns:
+        For each group the weights, or None.
+    """
+    agree: dict[str, object] = {}
+    info: dict[str, list[object]] = {"rows": [], "present": [], "placement": []}
+    try:
+        if error is not None:
+            raise error
+        check_distinct(groups)
+        for i, (group, aggregator) in enumerate(zip(groups, aggregators, strict=True)):
+            check_group(group, i)
+            check_aggregator(aggregator)
+            if by_gramian:
+                check_can_skip_concatenation(aggregator)
+            jacs = [jac_of(t) for t in group]
+            check_same_rows([j for j in jacs if j is not None], "tensors.jac")
+            placement = _placement_of(group, distribution)
+            info["present"].append([j is not None for j in jacs])
+            info["rows"].append(next((len(j) for j in jacs if j is not None), None))
+            info["placement"].append(None if placement is None else repr(placement))
+        names = [[distribution.names.get(t, "?") for t in group] for group in groups]
+        digest = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
+        agree = {
+            "parameters of the groups": f"{[len(g) for g in names]} with digest {digest}",
+            "aggregators": [type(a).__name__ for a in aggregators],
+            "dtypes": sorted({str(t.dtype) for group in groups for t in group}),
+        }
+    except Exception as failure:  # raised again on every rank, by the handshake
+        error = failure
+    infos = distribution.handshake("jac_to_grad", agree, info, error)
+    row_groups = []
+    for i, (group, aggregator) in enumerate(zip(groups, aggregators, strict=True)):
+        present = [any(of_rank) for of_rank in zip(*(x["present"][i] for x in infos), strict=True)]
+        check_all_have_jac(group, i, present, distribution)
+        placement = _agreed_placement([x["placement"][i] for x in infos])
+        counts = _row_counts([x["rows"][i] for x in infos], placement)
+        rows = _local_rows(group, counts[distribution.group.rank])
+        row_groups.append(RowGroup(rows, counts, placement, aggregator))
+        if not retain_jac:
+            free_jacs(group)
+    results = aggregate(row_groups, distribution, call_aggregator)
+    for group, (vector, _) in zip(groups, results, strict=True):
+        add_grads(group, shaped(vector.split([t.numel() for t in group]), group))
+    return [weights for _, weights in results]
+
+
+def _local_rows(group: list[Tensor], count: int) -> Tensor:
+    """This rank's rows [m_r, n]; zeros for tensors without any."""
+    dtype = group[0].dtype
+    for tensor in group[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    pieces = []
+    for tensor in group:
+        jac = jac_of(tensor)
+        if jac is None:
+            pieces.append(tensor.new_zeros(count, tensor.numel(), dtype=dtype))
+        else:
+            pieces.append(jac.detach().reshape(count, tensor.numel()).to(dtype))
+    return torch.cat(pieces, dim=1)
+
+
+def _placement_of(group: list[Tensor], distribution: Distribution) -> Placement | None:
+    """Where the rows of a group live; None if this rank has none."""
+    found: dict[str, Placement] = {}
+    for tensor in group:
+        if jac_of(tensor) is None:
+            continue
+        placement = distribution.row_placements.get(tensor, distribution.objectives)
+        if placement is None:
+            raise ValueError(
+                "Found a .jac that was not computed by jddist, on several ranks; expected to know "
+                "where its rows live. Call jddist.attach(model, objectives=...) to say so."
+            )
+        found[repr(placement)] = placement
+    if len(found) > 1:
+        raise ValueError(
+            f"Found rows placed as {sorted(found)} in one group; expected one placement. Aggregate "
+            "the Jacobians of backward and of mtl_backward separately."
+        )
+    return next(iter(found.values()), None)
+
+
+def _agreed_placement(described: list[str | None]) -> Placement:
+    stated = sorted({d for d in described if d is not None})
+    if len(stated) != 1:
+        raise LayoutMismatchError(
+            f"Found rows placed as {stated} on the ranks; expected the same placement everywhere."
+        )
+    return next(p for p in POSSIBLE_PLACEMENTS if repr(p) == stated[0])
+
+
+def _row_counts(rows: list[int | None], placement: Placement) -> list[int]:
+    """m_r of each rank, or the common m of all."""
+    if is_sharded(placement):
+        return [count or 0 for count in rows]
+    known = {count for count in rows if count is not None}
+    if len(known) > 1:
+        listed = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(rows))
+        raise LayoutMismatchError(
+            f"Found different numbers of rows on the ranks ({listed}); expected the same "
+            "objectives on every rank."
+        )
+    return [known.pop()] * len(rows)
