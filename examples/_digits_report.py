@@ -14,6 +14,7 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"mean": "#000000", "upgrad": "#0072B2", "local-upgrad": "#D55E00"}
@@ -152,13 +153,21 @@ def _plot(epochs: Sequence[Epoch], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     counts = sorted({epoch.ranks for epoch in epochs})
     for (method, ranks), runs in _by_method(epochs).items():
+        label = f"{method}, {ranks} rank{'s' if ranks > 1 else ''}"
+        if len(counts) > 1 and method != "local-upgrad":
+            # The same curve for every number of ranks, which `compare` checks: draw it once.
+            if ranks != counts[0]:
+                continue
+            label = f"{method}, {' or '.join(map(str, counts))} ranks"
+        elif len(counts) > 1 and ranks == 1:
+            continue  # on one rank, local is global
         xs = [epoch.epoch for epoch in runs[0]]
         ys = [statistics.fmean(column) for column in zip(*_losses(runs), strict=True)]
-        label = f"{method}, {ranks} rank{'s' if ranks > 1 else ''}"
         style = STYLES[counts.index(ranks) % len(STYLES)]
         axes.plot(xs, ys, style, color=COLOURS[method], label=label, linewidth=1.8)
     axes.set_yscale("log")
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("training loss (mean over 1,024 images)")
     seeds = len({epoch.seed for epoch in epochs})
     axes.set_title(f"Digits, mean over {seeds} seed{'s' if seeds > 1 else ''}")

@@ -95,7 +95,7 @@ def load_data(device: torch.device) -> Data:
 
 def make_network(seed: int, ranks: Ranks) -> nn.Module:
     torch.manual_seed(seed)
-    layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)]
+    layers = [nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)]
     network = nn.Sequential(*layers).double().to(ranks.device)
     return network if ranks.size == 1 else DistributedDataParallel(network)
 

@@ -189,7 +189,7 @@ def gramian(
     buffer = torch.cat([values.reshape(-1), flags.reshape(-1)])
     group.all_reduce(buffer)
     values = buffer[: m * m].view(m, m)
-    flags = buffer[m * m :].view(-1, m) > 0
+    flags = buffer[m * m :].view(flags.shape) > 0
     if layout.sharded:
         flags = flags | ~torch.isfinite(values.diagonal())
     return GramianParts(_symmetric(values), flags)

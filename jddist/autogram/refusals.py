@@ -25,6 +25,8 @@ def check_modules(scope: Mapping[nn.Module, str], *, batched: bool, num_ranks: i
                 f"Found module '{name}' ({type(module).__name__}) with sparse=True; expected dense "
                 "gradients, which are what the rows are made of. Use sparse=False."
             )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+            _check_scaled_by_frequency(module, name, num_ranks)
         if isinstance(module, _BatchNorm) and module.training:
             _check_batch_norm(module, name, batched, num_ranks)
         elif batched and isinstance(module, nn.RNNBase):
@@ -44,6 +46,15 @@ def check_modules(scope: Mapping[nn.Module, str], *, batched: bool, num_ranks: i
                 "in training mode; expected a module without side effects, since its forward may "
                 "run twice. Set track_running_stats=False, or use batch_dim=None."
             )
+
+
+def _check_scaled_by_frequency(module: nn.Module, name: str, num_ranks: int) -> None:
+    if num_ranks > 1:
+        raise UnsupportedModelError(
+            f"Found module '{name}' ({type(module).__name__}) with scale_grad_by_freq=True on "
+            f"{num_ranks} ranks; expected gradients that do not depend on how the batch is split "
+            "over the ranks. Use scale_grad_by_freq=False."
+        )
 
 
 def _check_batch_norm(module: nn.Module, name: str, batched: bool, num_ranks: int) -> None:

@@ -286,3 +286,21 @@ def test_the_reference_is_gradient_descent_on_weighted_rows() -> None:
     model.zero_grad()
     losses.backward(weights)
     assert relative_error(by_rows, flatten([p.grad for p in model.parameters()])) <= BOUND
+
+
+def _nobody_has_data(rank: int, world_size: int) -> dict[str, object]:
+    model = make_network()
+    ddp = wrap(model)
+    engine = Engine(ddp, batch_dim=0)
+    x, y = (t[:0] for t in make_data())
+    weights = engine.backward(LOSSES["instance"](ddp(x), y), UPGradWeighting())
+    zero = all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    attach(ddp, objectives=Shard(0))
+    backward(LOSSES["instance"](ddp(x), y), UPGrad())
+    still = all(not p.grad.any() for p in model.parameters())
+    return {"shape": list(weights.shape), "zero": zero, "still": still}
+
+
+def test_a_step_without_any_data_is_a_step_of_zero() -> None:
+    for found in run_ranks(_nobody_has_data, 2):
+        assert found == {"shape": [0], "zero": True, "still": True}

@@ -293,3 +293,18 @@ def test_gradients_accumulate() -> None:
     once = flat_grad(model.parameters())
     engine.backward(losses, weights)
     assert relative_error(flat_grad(model.parameters()), 2 * once) <= 1e-14
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_losses_on_derivatives_of_the_model(batch_dim: int | None) -> None:
+    """A physics-informed loss: the backward of the network is part of the graph, and reads the
+    weights where no module is called."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    engine = Engine(model, batch_dim=batch_dim)
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    losses = (slope.sum(dim=1) - u.squeeze(1)).square() + u.squeeze(1).square()
+    with slow_way(announced=batch_dim == 0):
+        assert_exact(engine, losses, model.parameters())

@@ -12,7 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from jddist.aggregation import UPGradWeighting
 from jddist.autogram import Engine
 from jddist.errors import ModifiedInputError, NonFiniteObjectiveError, UnsupportedModelError
-from tests.unit.autogram._common import Offset, assert_exact, data, losses_of, small_model
+from tests._oracle import gramian, relative_error
+from tests.unit.autogram._common import (
+    Offset,
+    assert_exact,
+    data,
+    losses_of,
+    slow_way,
+    small_model,
+)
 
 _REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch_norm": (lambda: nn.BatchNorm1d(5), "GroupNorm"),
@@ -151,3 +159,25 @@ def test_weights_of_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(12,\)"):
         engine.backward(matrix, torch.ones(12))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_embeddings_are_refused(layer: type[nn.Module], batch_dim: int | None) -> None:
+    kwargs = {"mode": "sum"} if layer is nn.EmbeddingBag else {}
+    model = nn.Sequential(layer(5, 3, sparse=True, **kwargs))
+    with pytest.raises(UnsupportedModelError, match="'0' .*sparse=False"):
+        Engine(model, batch_dim=batch_dim)
+
+
+def test_gradients_scaled_by_frequency_are_exact_in_one_process() -> None:
+    """They mix the samples: a token's gradient depends on how often the batch has it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Flatten()).double()
+    tokens = torch.randint(0, 5, (4, 3))
+    for batch_dim in (0, None):
+        engine = Engine(model, batch_dim=batch_dim)
+        losses = losses_of(model(tokens))
+        with slow_way(announced=batch_dim == 0):
+            found = engine.compute_gramian(losses)
+        assert relative_error(found, gramian(losses, model.parameters())) <= 1e-10
