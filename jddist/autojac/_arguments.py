@@ -56,9 +56,11 @@ def check_same_rows(jacs: Sequence[Tensor], name: str) -> None:
 
 
 def as_cotangents(
-    outputs: Sequence[Tensor], given: Sequence[Tensor] | Tensor, name: str, like_name: str
-) -> list[Tensor]:
-    """Initial Jacobians [m, *output.shape], one for each output."""
+    outputs: Sequence[Tensor], given: Sequence[Tensor] | Tensor | None, name: str, like_name: str
+) -> list[Tensor] | None:
+    """Initial Jacobians [m, *output.shape], one for each output; None stands for the identity."""
+    if given is None:
+        return None
     listed: list[Tensor] = [given] if is_tensor_like(given) else list(given)  # type: ignore[list-item]
     check_shapes(listed, outputs, name, like_name, leading=1)
     check_same_rows(listed, name)

@@ -63,11 +63,7 @@ def backward(
             found = list(dict.fromkeys(inputs))
         check_chunk_size(parallel_chunk_size)
         check_expects_gradients(found, ".jac")
-        cotangents = (
-            None
-            if jac_tensors is None
-            else as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
-        )
+        cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
         with distribution.first_pass():
             rows = vjp_rows(
                 outputs,

@@ -53,11 +53,7 @@ def jac(
     check_requires_grad(unique, "inputs")
     distribution = involved_distribution(differentiated, distribution)
     stated_objectives(distribution)
-    cotangents = (
-        None
-        if jac_outputs is None
-        else as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
-    )
+    cotangents = as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
     with distribution.first_pass():
         rows = vjp_rows(
             differentiated,
