@@ -81,9 +81,7 @@ class _Tap:
         self._passed: weakref.WeakSet[CallRecord] = weakref.WeakSet()
         # Before other hooks: sharding wrappers cast or free tensors in theirs.
         self.handles: list[RemovableHandle] = [
-            module.register_forward_hook(
-                self._after, prepend=True, with_kwargs=True, always_call=False
-            ),
+            module.register_forward_hook(self._after, prepend=True, with_kwargs=True),
             module.register_forward_pre_hook(self._before, with_kwargs=True),
         ]
 

@@ -94,7 +94,7 @@ class Engine:
         self._capture = Capture(
             [owner.module for owner in self._table.owners],
             roots_of(scope),
-            [owner.module for owner in self._table.owners if owner.rule is None],
+            [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
             batched=batch_dim is not None,
         )
         self._local_pass = LocalPass(self._table, batch_dim is not None)

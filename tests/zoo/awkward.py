@@ -103,6 +103,22 @@ def _cube_between() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 4), _Apply(), nn.Linear(4, 3))
 
 
+class _Transposed(nn.Module):
+    """Returns a transposed view, which the next layer changes in place: what is left of it in the
+    graph is its base, whose gradient has other strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).transpose(1, 2)
+
+
+def _transposed_in_place() -> nn.Module:
+    return nn.Sequential(_Transposed(), nn.ReLU(inplace=True), nn.Linear(3, 2))
+
+
 class _FlattenedPositions(nn.Module):
     """Batch and positions are one dimension while the layer runs."""
 
@@ -133,6 +149,7 @@ AWKWARD = [
     Case("views_in_place", _Views, normal(6), on_x),
     Case("returns_views", _ReturnsViews, normal(6), _views_losses),
     Case("view_changed_in_place", _ReturnsOneView, normal(6), on_x),
+    Case("transposed_in_place", _transposed_in_place, normal(3, 6), on_x),
     Case("data_dependent", _DataDependent, normal(6), on_x, announced=True),
     Case("custom_function", _CustomFunction, normal(6), on_x, announced=True),
     Case("custom_function_between", _cube_between, normal(6), on_x),
