@@ -158,7 +158,7 @@ def _plot(epochs: Sequence[Epoch], path: Path) -> None:
             # The same curve for every number of ranks, which `compare` checks: draw it once.
             if ranks != counts[0]:
                 continue
-            label = f"{method}, {' or '.join(map(str, counts))} ranks"
+            label = f"{method}, {', '.join(map(str, counts))} ranks"
         elif len(counts) > 1 and ranks == 1:
             continue  # on one rank, local is global
         xs = [epoch.epoch for epoch in runs[0]]
