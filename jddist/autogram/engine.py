@@ -222,9 +222,9 @@ class Engine:
             The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched.
         """
         if isinstance(weighting_or_weights, Tensor):
-            self._layout, _ = self.prepare("Engine.backward", output, count, needs_rows=False)
-            self._skip = False
             weights = weighting_or_weights
+            self._layout, _ = self.prepare("Engine.backward", output, count, weights=weights)
+            self._skip = False
         else:
             gramian = self.compute_gramian(output, count=count)
             weights = self.compute_weights(gramian, weighting_or_weights)
@@ -238,7 +238,7 @@ class Engine:
         return weights
 
     def prepare(
-        self, call: str, output: Tensor, count: Count | None, *, needs_rows: bool = True
+        self, call: str, output: Tensor, count: Count | None, *, weights: Tensor | None = None
     ) -> tuple[GlobalLayout, Blocks]:
         """The first two stages, the local pass and the handshake. What fails fails on every rank.
 
@@ -246,7 +246,8 @@ class Engine:
             call: The public function under way, which has to be the same on every rank.
             output: This rank's objectives.
             count: See ``compute_gramian``.
-            needs_rows: Whether to compute blocks; without them only the layout is agreed on.
+            weights: Weights that are given already: then no rows are needed, and only the layout
+                is agreed on.
         """
         error: Exception | None = None
         blocks: Blocks = []
@@ -270,7 +271,9 @@ class Engine:
             agree = global_pass.must_agree(
                 self._table, output, layout, self._placement, counts is not None
             )
-            if needs_rows:
+            if weights is not None:
+                agree["shape of the weights"] = list(weights.shape)
+            else:
                 with self._distribution.first_pass():
                     blocks = self._local_pass.blocks(output, layout)
             samples = self._local_pass.samples

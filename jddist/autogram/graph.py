@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -65,7 +66,8 @@ def explore(output: Tensor) -> ReachedGraph:
         UnsupportedModelError: A part of the graph is hidden in a reentrant checkpoint.
     """
     calls: dict[CallRecord, ReachedCall] = {}
-    leaves: set[Parameter] = set()
+    # A leaf may be a plain tensor; then no table of parameters knows it.
+    leaves: set[Any] = {output} if output.is_leaf else set()
     stack: list[Node] = [] if output.grad_fn is None else [output.grad_fn]
     # Holding the nodes is part of the bookkeeping: their Python wrappers are made on demand, and
     # a wrapper that died could hand its id to another node.
@@ -73,7 +75,6 @@ def explore(output: Tensor) -> ReachedGraph:
     while stack:
         node = stack.pop()
         if type(node).__name__ == "AccumulateGrad":
-            # A leaf may be a plain tensor; then no table of parameters knows it.
             leaves.add(node.variable)  # type: ignore[attr-defined]
             continue
         if type(node).__name__ == "CheckpointFunctionBackward":

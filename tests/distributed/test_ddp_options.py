@@ -14,7 +14,8 @@ from jddist import attach, verify
 from jddist.aggregation import UPGrad, UPGradWeighting
 from jddist.autogram import Engine
 from jddist.autojac import backward
-from tests._oracle import jacobian, relative_error
+from tests._oracle import gramian as gramian_of
+from tests._oracle import jacobian, relative_error, weighted_gradient
 from tests._ranks import run_ranks
 from tests.distributed._training import (
     LOSSES,
@@ -304,3 +305,52 @@ def _nobody_has_data(rank: int, world_size: int) -> dict[str, object]:
 def test_a_step_without_any_data_is_a_step_of_zero() -> None:
     for found in run_ranks(_nobody_has_data, 2):
         assert found == {"shape": [0], "zero": True, "still": True}
+
+
+class Sequences(nn.Module):
+    """Ranks may have sequences of different lengths, and call a layer more or less often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 6)
+        self.mix = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, repeats: int) -> Tensor:
+        hidden = torch.tanh(self.embed(x))
+        for _ in range(repeats):
+            hidden = torch.tanh(self.norm(self.mix(hidden)))
+        return self.head(hidden.mean(dim=1))
+
+
+def _sequence(rank: int) -> tuple[Tensor, int]:
+    generator = torch.Generator().manual_seed(20 + rank)
+    length, repeats = 2 + 3 * rank, 1 + rank % 2
+    return torch.randn(2 + rank, length, 5, generator=generator, dtype=torch.float64), repeats
+
+
+def _sequences(rank: int, world_size: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Sequences().double()
+    ddp = wrap(model)
+    engine = Engine(ddp, batch_dim=-1)
+    losses = ddp(*_sequence(rank)).pow(2).T  # [tasks, samples]
+    gramian = engine.compute_gramian(losses)
+    weights = torch.arange(1.0, gramian.shape[0] * gramian.shape[1] + 1).double()
+    weights = weights.view(gramian.shape[:2])
+    engine.backward(losses, weights)
+    return {"gramian": gramian, "grad": flatten([p.grad for p in model.parameters()])}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_may_have_different_lengths_and_repetitions(world_size: int) -> None:
+    torch.manual_seed(0)
+    model = Sequences().double()
+    losses = torch.cat([model(*_sequence(r)).pow(2) for r in range(world_size)]).T
+    expected = gramian_of(losses, model.parameters())
+    weights = torch.arange(1.0, losses.numel() + 1).double().view_as(losses)
+    gradient = weighted_gradient(losses, weights, model.parameters())
+    for found in run_ranks(_sequences, world_size):
+        assert relative_error(found["gramian"], expected) <= BOUND
+        assert relative_error(found["grad"], gradient) <= BOUND

@@ -88,6 +88,12 @@ def _other_call(engine: Engine, ddp: DistributedDataParallel, x: Tensor, culprit
     return engine.backward(losses, torch.ones(9, dtype=x.dtype))
 
 
+def _other_weights(
+    engine: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool
+) -> object:
+    return engine.backward(_losses(ddp, x), torch.ones(8 if culprit else 9, dtype=x.dtype))
+
+
 def _no_graph(engine: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool) -> object:
     losses = _losses(ddp, x)
     return engine.compute_gramian(losses.detach() if culprit else losses)
@@ -147,6 +153,7 @@ SCENARIOS: dict[str, tuple[Scenario, type[Exception], str]] = {
     "other batch_dim": (_other_batch_dim, LayoutMismatchError, "batch_dim"),
     "other parameters": (_other_parameters, LayoutMismatchError, "trainable parameters"),
     "other call": (_other_call, LayoutMismatchError, "Engine.backward"),
+    "other weights": (_other_weights, LayoutMismatchError, "shape of the weights"),
     "no graph": (_no_graph, RankError, "rank 1 raised ValueError"),
     "modified input": (_modified_input, RankError, "first"),
     "failing weighting": (_failing_weighting, RankError, "no such task"),

@@ -308,3 +308,9 @@ def test_losses_on_derivatives_of_the_model(batch_dim: int | None) -> None:
     losses = (slope.sum(dim=1) - u.squeeze(1)).square() + u.squeeze(1).square()
     with slow_way(announced=batch_dim == 0):
         assert_exact(engine, losses, model.parameters())
+
+
+def test_a_parameter_is_its_own_objective() -> None:
+    model = nn.ParameterDict({"x": torch.ones(3, dtype=torch.float64)})
+    engine = Engine(model, batch_dim=None)
+    assert torch.equal(engine.compute_gramian(model["x"]), torch.eye(3, dtype=torch.float64))
