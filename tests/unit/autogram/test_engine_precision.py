@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from jddist.autogram import Engine
 from tests._oracle import gramian, jacobian, relative_error
-from tests.unit.autogram._common import Offset, losses_of
+from tests.cases import CASES
+from tests.unit.autogram._common import Offset, losses_of, slow_way
 
 
 def _deep_mlp(dtype: torch.dtype) -> nn.Sequential:
@@ -110,3 +111,18 @@ class _Mixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert torch.is_autocast_enabled("cpu")
         return (x @ self.weight).sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_not_taken_for_a_wrong_attribution(dtype: torch.dtype) -> None:
+    """The self-check stays silent in low precision, and still speaks where rows are wrong."""
+    for case in (case for case in CASES if case.batch_dim_ok):
+        model = case.model().to(dtype)
+        engine = Engine(model, batch_dim=0)
+        batch = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in case.batch(5).items()
+        }
+        with slow_way(case.announced):
+            gramian_found = engine.compute_gramian(case.losses(model, batch))
+        assert torch.isfinite(gramian_found).all(), case.name
