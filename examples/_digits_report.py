@@ -64,7 +64,7 @@ class Report:
                 file.writelines(json.dumps(asdict(epoch)) + "\n" for epoch in epochs)
 
     def print_table(self) -> None:
-        print(table(self.epochs), flush=True)
+        print(f"\n{table(self.epochs)}", flush=True)
 
     def plot_curves(self) -> None:
         _plot(self.epochs, self.folder / "loss_curves.png")
@@ -91,31 +91,6 @@ def table(epochs: Sequence[Epoch]) -> str:
             f"| {_with_error([100 * run[-1].test_accuracy for run in runs], 1)} % | {ratio} |"
         )
     return "\n".join(lines)
-
-
-def compare(folder: Path, counts: Sequence[int]) -> None:
-    """Prints one table for several numbers of ranks, and checks that global methods agree."""
-    epochs = [
-        epoch
-        for count in counts
-        for epoch in read_metrics(folder / f"ranks-{count}" / "metrics.jsonl")
-    ]
-    epochs.sort(key=lambda e: list(COLOURS).index(e.method))
-    print(f"\n{table(epochs)}")
-    _plot(epochs, folder / "loss_curves.png")
-    for method in ("mean", "upgrad"):
-        curves = {}
-        for epoch in epochs:
-            if epoch.method == method:
-                key = (epoch.seed, epoch.epoch)
-                curves.setdefault(epoch.ranks, {})[key] = epoch.train_loss
-        if len(curves) < 2:
-            continue
-        first, *others = curves.values()
-        largest = max(abs(first[key] - other[key]) for other in others for key in first)
-        print(f"{method}: the curves of {sorted(curves)} ranks differ by at most {largest:.1e}")
-        if largest > 1e-8:
-            raise SystemExit(f"{method} should not depend on the number of ranks")
 
 
 def write_heat_map(folder: Path, gramian: Tensor, labels: Sequence[int]) -> None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +30,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _digits_report import Epoch, Report, compare, write_heat_map
+from _digits_ranks import relaunch
+from _digits_report import Epoch, Report, write_heat_map
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -70,6 +70,12 @@ class Ranks:
         """This rank's contiguous part of a batch; sizes may differ by one."""
         return batch.tensor_split(self.size)[self.rank]
 
+    def clock(self) -> float:
+        """Seconds, read when all the work so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
 
 def start_ranks() -> Ranks:
     """Joins the ranks that torchrun started; without torchrun, there is one."""
@@ -77,7 +83,8 @@ def start_ranks() -> Ranks:
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    # NCCL wants a GPU for each rank; with fewer of them all ranks stay on the CPU.
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -136,7 +143,7 @@ def train(
     shuffle = torch.Generator().manual_seed(seed)
     epochs = []
     for number in range(1, args.epochs + 1):
-        start = time.perf_counter()
+        start = ranks.clock()
         order = torch.randperm(TRAINING_IMAGES, generator=shuffle)
         for indices in order.split(args.batch_size):
             mine = ranks.part(indices).to(ranks.device)
@@ -144,7 +151,7 @@ def train(
             optimizer.zero_grad()
             step(losses, len(indices))
             optimizer.step()
-        seconds = time.perf_counter() - start
+        seconds = ranks.clock() - start
         with torch.no_grad():
             loss = criterion(network(data.train_x), data.train_y).mean()
             hits = network(data.test_x).argmax(dim=1) == data.test_y
@@ -207,23 +214,6 @@ def plot_gramian(args: argparse.Namespace, data: Data, ranks: Ranks) -> None:
         write_heat_map(Path(args.out), gramian.cpu(), data.train_y.cpu()[batch].tolist())
 
 
-def relaunch(args: argparse.Namespace) -> None:
-    """Runs this script with 1, 2 and ``--nproc`` ranks, and compares the results."""
-    counts = sorted({1, 2, args.nproc} if args.nproc > 1 else {1})
-    options = ["--method", *args.method, "--seeds", str(args.seeds), "--epochs", str(args.epochs)]
-    options += ["--batch-size", str(args.batch_size)]
-    if args.lr:
-        options += ["--lr", *map(str, args.lr)]
-    for count in counts:
-        print(f"\n{count} rank{'s' if count > 1 else ''}", flush=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(count), __file__, *options]
-        command += ["--out", str(Path(args.out) / f"ranks-{count}")]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        subprocess.run(command, check=True, env=environment)
-    compare(Path(args.out), counts)
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -245,7 +235,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     if args.nproc is not None:
-        relaunch(args)
+        relaunch(__file__, args)
         return
     ranks = start_ranks()
     try:

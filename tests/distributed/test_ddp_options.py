@@ -354,3 +354,26 @@ def test_ranks_may_have_different_lengths_and_repetitions(world_size: int) -> No
     for found in run_ranks(_sequences, world_size):
         assert relative_error(found["gramian"], expected) <= BOUND
         assert relative_error(found["grad"], gradient) <= BOUND
+
+
+def _uneven_without_counts(rank: int, world_size: int) -> dict[str, object]:
+    model = make_network()
+    ddp = wrap(model)
+    engine = Engine(ddp, batch_dim=None)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+    with pytest.warns(UserWarning, match=r"different batch sizes .*Pass count="):
+        gramian = engine.compute_gramian(LOSSES["task"](ddp(x), y))
+    again = engine.compute_gramian(LOSSES["task"](ddp(x), y))  # once is enough
+    return {"gramian": gramian, "same": bool(torch.equal(gramian, again))}
+
+
+def test_uneven_batches_without_counts_are_announced_once() -> None:
+    model, data = make_network(), make_data()
+    means = []
+    for rank in range(2):
+        x, y = (local_part(t, rank, 2, "uneven") for t in data)
+        means.append(LOSSES["task"](model(x), y))
+    expected = gramian_of(torch.stack(means).mean(dim=0), model.parameters())
+    for found in run_ranks(_uneven_without_counts, 2):
+        assert relative_error(found["gramian"], expected) <= BOUND
+        assert found["same"]

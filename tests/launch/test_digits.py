@@ -51,6 +51,11 @@ def test_the_global_curves_do_not_depend_on_the_number_of_ranks(tmp_path: Path) 
     printed = _digits(["--nproc", "3", *options, "--out", str(tmp_path)], None)
     assert "upgrad: the curves of [1, 2, 3] ranks differ by at most" in printed
     runs = {n: _metrics(tmp_path / f"ranks-{n}") for n in (1, 2, 3)}
+    together = _metrics(tmp_path)
+    assert len(together) == sum(map(len, runs.values()))
+    assert {m["ranks"] for m in together} == {1, 2, 3}
+    for name in ("loss_curves.png", "gramian.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
 
     def curve(ranks: int, method: str) -> list[float]:
         return [m["train_loss"] for m in runs[ranks] if m["method"] == method]

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def clone(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "launch", folder / "launch")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    stub = tmp_path / "python-stub"
+    stub = tmp_path / "a python"
     stub.write_text(STUB.format(python=sys.executable))
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
     return folder
@@ -75,7 +76,7 @@ def _install(clone: Path, extras: str = "examples", **environment: str) -> list[
     log = clone / "pip.log"
     log.unlink(missing_ok=True)
     script = f". launch/_environment.sh; install_extras {extras}; echo $python"
-    stub = str(clone.parent / "python-stub")
+    stub = str(clone.parent / "a python")
     result = _run(["bash", "-euc", script], cwd=clone, JDDIST_PYTHON=stub, **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith(f"{clone}/.venv/bin/python")
@@ -102,15 +103,49 @@ def test_another_build_of_torch(clone: Path) -> None:
     requirement = "torch==2.13.0 --index-url https://example.invalid/cu130"
     first, _ = _install(clone, JDDIST_TORCH=requirement)
     assert first == f"install --quiet {requirement}"
-    pins = (clone / ".venv" / "constraints.txt").read_text()
-    assert "torch==" not in pins.replace("torchjd==", "") and "numpy==" in pins
-    assert len(_install(clone)) == 2  # back to the default
+    pins = (clone / ".venv" / "constraints.txt").read_text().splitlines()
+    assert f"torch=={version('torch')}" in pins  # as it came, whatever the constraints say
+    assert any(pin.startswith("numpy==") for pin in pins)
+
+
+def test_changing_the_build_removes_the_other_one(clone: Path) -> None:
+    """To pip, torch 2.13.0+cpu already satisfies torch==2.13.0 of an index of CUDA builds."""
+    requirement = "torch==2.13.0 --index-url https://example.invalid/cu130"
+    assert len(_install(clone, "dev,examples,test")) == 2
+    assert len(_install(clone)) == 2
+    remove, first, _ = _install(clone, JDDIST_TORCH=requirement)
+    assert remove == "uninstall --quiet --yes torch"
+    assert first == f"install --quiet {requirement}"
+    assert _install(clone, JDDIST_TORCH=requirement) == []
+    # What was installed for the tests, with the other build, is no longer up to date either.
+    assert len(_install(clone, "dev,examples,test")) == 3
+
+
+def test_what_an_interrupted_run_left_is_repaired(clone: Path) -> None:
+    """`python -m venv` makes the interpreter first and pip afterwards."""
+    broken = clone / ".venv" / "bin" / "python"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/usr/bin/env bash\nexit 1\n")
+    broken.chmod(0o755)
+    assert len(_install(clone)) == 2
+
+
+def test_an_environment_with_an_old_python_is_refused(clone: Path) -> None:
+    old = clone / ".venv" / "bin" / "python"
+    old.parent.mkdir(parents=True)
+    old.write_text('#!/usr/bin/env bash\n[ "$2" = "import pip" ]\n')
+    old.chmod(0o755)
+    stub = str(clone.parent / "a python")
+    script = ". launch/_environment.sh; install_extras examples"
+    result = _run(["bash", "-euc", script], cwd=clone, JDDIST_PYTHON=stub)
+    assert result.returncode == 1
+    assert "older Python in .venv" in result.stderr
 
 
 def test_a_failed_installation_is_tried_again(clone: Path) -> None:
     (clone / "fail").touch()
     script = ". launch/_environment.sh; install_extras examples"
-    stub = str(clone.parent / "python-stub")
+    stub = str(clone.parent / "a python")
     result = _run(["bash", "-euc", script], cwd=clone, JDDIST_PYTHON=stub)
     assert result.returncode == 1 and "could not install torch" in result.stderr
     (clone / "fail").unlink()
