@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
 from jddist.errors import UnattachedParameterError
@@ -17,6 +19,7 @@ def attach(
     *,
     objectives: Placement | None = None,
     batch_dim: int | None = None,
+    weighting: Callable[[Tensor], Tensor] | None = None,
 ) -> Distribution:
     """Makes ``mtl_backward``, ``backward``, ``jac`` and ``jac_to_grad`` global for a model.
 
@@ -28,6 +31,7 @@ def attach(
             the same objectives. ``backward`` and ``jac`` need it on several ranks;
             ``mtl_backward`` is always ``Partial``. ``Shard(0)`` by default with a ``batch_dim``.
         batch_dim: The dimension of the samples in the tensor of losses, if they are objectives.
+        weighting: For wrappers whose own ``backward`` takes the losses; none is supported yet.
 
     Returns:
         The distribution; its ``detach()`` undoes the call.
@@ -35,8 +39,14 @@ def attach(
     Raises:
         UnsupportedModelError: The wrapper is not supported.
         UnattachedParameterError: Several ranks run and the model is not wrapped.
-        ValueError: ``objectives`` is no placement that rows can have.
+        ValueError: ``objectives`` is no placement that rows can have, or there is a weighting.
     """
+    if weighting is not None:
+        raise ValueError(
+            f"Found weighting={weighting!r} with a {type(model).__name__}; expected None, since "
+            "its losses are not differentiated by the wrapper. Pass the weighting to "
+            "Engine.backward, or an aggregator to jac_to_grad."
+        )
     if objectives is None and batch_dim is not None:
         objectives = Shard(0)
     distribution = select([model], objectives)

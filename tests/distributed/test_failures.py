@@ -225,6 +225,7 @@ def _refusals(rank: int, world_size: int) -> dict[str, str]:
     unattached = UnattachedParameterError
     note("engine", lambda: Engine(plain, batch_dim=0), unattached)
     note("attach", lambda: attach(plain), unattached)
+    note("weighting", lambda: attach(plain, weighting=UPGradWeighting()), ValueError)
     note("mtl", lambda: mtl_backward(losses, features=features), unattached)
     for p in plain.parameters():
         p.jac = torch.ones(4, *p.shape, dtype=p.dtype)
@@ -248,6 +249,7 @@ def test_what_cannot_be_exact_is_refused_with_the_fix() -> None:
             assert "jddist.attach" in found[name] and "Local()" in found[name]
         assert "DistributedDataParallel" in found["attach"]
         assert "Shard(0)" in found["no objectives"]
+        assert "Engine.backward" in found["weighting"]
         assert "GroupNorm" in found["batch norm"]
         assert "1.weight" in found["half wrapped"]
 
