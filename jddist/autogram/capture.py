@@ -54,29 +54,12 @@ class Mark:
     geometry: tuple[torch.Size, tuple[int, ...]] | None = None
 
 
-class BatchSize:
-    """The batch size of the outermost call under way, seen at the root modules of an engine."""
-
-    def __init__(self) -> None:
-        self.value: int | None = None
-
-    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, _ = tree_flatten((args, kwargs))
-        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0)
-        first = next(tensors, None)
-        self.value = None if first is None else first.shape[0]
-
-    def leave(self, *_: Any) -> None:
-        self.value = None
-
-
 class _Tap:
     """The hooks of one module, shared by all the engines that use it."""
 
     def __init__(self, module: nn.Module, needs_rng: bool) -> None:
         self.users = 0
         self.needs_rng = needs_rng
-        self.batch_sizes: list[weakref.ref[BatchSize]] = []
         self._rng: list[RngSnapshot | None] = []
         self._passed: weakref.WeakSet[CallRecord] = weakref.WeakSet()
         # Before other hooks: sharding wrappers cast or free tensors in theirs.
@@ -122,17 +105,16 @@ class _Tap:
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    ) -> None:
         if self._is_idle(module):
-            return None
+            return
         rng = self._rng.pop() if self._rng else None
         if not any(p.requires_grad for p in module.parameters()):
-            return None
-        output, changed = self._expand(module, output)
+            return
         leaves, _ = tree_flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not any(t.requires_grad for t in tensors):
-            return None
+            return
         record = _make_record(module, args, kwargs, tensors, rng)
         for index, tensor in enumerate(tensors):
             if tensor.grad_fn is None:
@@ -145,20 +127,6 @@ class _Tap:
                 geometry = (tensor.shape, tensor.stride())
                 nr = get_gradient_edge(base).output_nr
                 _mark(base, Mark(record, index, nr, geometry))
-        return output if changed else None
-
-    def _expand(self, module: nn.Module, output: Any) -> tuple[Any, bool]:
-        """Gives a lookup of positions [1, t, d] its batch back: once autograd has summed over a
-        broadcast dimension, the gradients of the single samples are lost."""
-        if not isinstance(module, nn.Embedding) or not isinstance(output, Tensor):
-            return output, False
-        if output.ndim != 3 or output.shape[0] != 1:
-            return output, False
-        for ref in self.batch_sizes:
-            size = ref()
-            if size is not None and size.value is not None and size.value > 1:
-                return output.expand(size.value, *output.shape[1:]), True
-        return output, False
 
 
 def marks_of(node: Node) -> list[Mark]:
@@ -174,16 +142,14 @@ def _mark(tensor: Tensor, mark: Mark) -> None:
 
 
 class Capture:
-    """An engine's hold on the hooks of its modules; ``release`` (or its end of life) lets go."""
+    """An engine's hold on the hooks of its modules; ``release`` (or its end of life) lets go.
 
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        roots: Iterable[nn.Module],
-        needs_rng: Iterable[nn.Module],
-        batched: bool,
-    ) -> None:
-        self.batch_size = BatchSize()
+    Args:
+        modules: The modules to hook.
+        needs_rng: Those among them whose forward may have to be repeated with its random numbers.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], needs_rng: Iterable[nn.Module]) -> None:
         with_rng = set(needs_rng)
         hooked = list(modules)
         for module in hooked:
@@ -192,18 +158,8 @@ class Capture:
                 tap = _taps[module] = _Tap(module, module in with_rng)
             tap.users += 1
             tap.needs_rng |= module in with_rng
-            if batched:
-                tap.batch_sizes.append(weakref.ref(self.batch_size))
-        handles: list[RemovableHandle] = []
-        if batched:
-            for root in roots:
-                enter, leave = self.batch_size.enter, self.batch_size.leave
-                handles.append(root.register_forward_pre_hook(enter, with_kwargs=True))
-                handles.append(root.register_forward_hook(leave, always_call=True))
         self._modules = [weakref.ref(m) for m in hooked]
-        self.release = weakref.finalize(
-            self, _release, self._modules, handles, weakref.ref(self.batch_size)
-        )
+        self.release = weakref.finalize(self, _release, self._modules)
 
     def release_passed(self) -> None:
         """Frees the records by which a backward went that did not retain the graph."""
@@ -214,20 +170,13 @@ class Capture:
                 tap.release_passed()
 
 
-def _release(
-    modules: list[weakref.ref[nn.Module]],
-    handles: list[RemovableHandle],
-    batch_size: weakref.ref[BatchSize],
-) -> None:
-    for handle in handles:
-        handle.remove()
+def _release(modules: list[weakref.ref[nn.Module]]) -> None:
     for ref in modules:
         module = ref()
         tap = None if module is None else _taps.get(module)
         if module is None or tap is None:
             continue
         tap.users -= 1
-        tap.batch_sizes = [r for r in tap.batch_sizes if r() is not None and r is not batch_size]
         if tap.users == 0:
             tap.remove()
             del _taps[module]

@@ -28,7 +28,7 @@ from .capture import Capture, paused
 from .global_pass import GlobalLayout
 from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
-from .parameters import ParameterTable, build_table, roots_of, scope_of
+from .parameters import ParameterTable, build_table, scope_of
 from .refusals import check_modules
 
 Weigher = Callable[[Tensor], Tensor]
@@ -82,6 +82,7 @@ class Engine:
         self._placement = check_placement(objectives)
         self._nonfinite = nonfinite
         self._scope = scope
+        self._roots = [unwrap(m) for m in given] if recursive else []
         self._table = build_table(scope)
         if not self._table.trainable:
             raise ValueError(
@@ -93,9 +94,7 @@ class Engine:
         self._check_modules()
         self._capture = Capture(
             [owner.module for owner in self._table.owners],
-            roots_of(scope),
             [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
-            batched=batch_dim is not None,
         )
         self._local_pass = LocalPass(self._table, batch_dim is not None)
         self._layout: GlobalLayout | None = None
@@ -228,7 +227,10 @@ class Engine:
         else:
             gramian = self.compute_gramian(output, count=count)
             weights = self.compute_weights(gramian, weighting_or_weights)
-        if not self._skip:
+        if self._skip:
+            # Micro-steps under no_sync rely on the reduction of the step that is skipped.
+            self._distribution.reduce_accumulated([e.parameter for e in self._table.trainable])
+        else:
             local = self.local_weights(weights)
             # The records live as long as the graph's own tensors.
             with paused() if retain_graph else nullcontext():
@@ -268,6 +270,8 @@ class Engine:
                 )
             self._check_modules()
             counts = checked_count(count, layout.num_rows, self._placement)
+            if counts is not None:
+                counts = layout.rows_of(torch.tensor(counts).view(layout.shape)).tolist()
             agree = global_pass.must_agree(
                 self._table, output, layout, self._placement, counts is not None
             )
@@ -300,6 +304,18 @@ class Engine:
 
     def _check_modules(self) -> None:
         ranks = self._distribution.group.size
+        self._table.check_current()
+        new = [
+            name
+            for root in self._roots
+            for name, module in root.named_modules()
+            if module not in self._scope and any(True for _ in module.parameters(recurse=False))
+        ]
+        if new:
+            raise ValueError(
+                f"Found modules that joined the model after the engine was created: "
+                f"{', '.join(new)}; expected none. Create a new Engine."
+            )
         check_modules(self._scope, batched=self._batch_dim is not None, num_ranks=ranks)
 
 

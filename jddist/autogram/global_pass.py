@@ -182,7 +182,16 @@ def gramian(
         start = k * sum(layout.sizes[: group.rank])
         flags[0, start : start + len(finite)] = (~finite).double()
     else:
-        values, rows_finite = summed_rows_gramian(blocks, columns, scale, group, dtype, device)
+        # Parameters that no rank has rows for (frozen ones, say) need not travel.
+        needed = [i for i in range(len(columns)) if any(s[i].kind != "none" for s in layout.shapes)]
+        values, rows_finite = summed_rows_gramian(
+            [blocks[i] for i in needed],
+            [columns[i] for i in needed],
+            scale,
+            group,
+            dtype,
+            device,
+        )
         flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
     # One buffer: the Gramian and the flags, in one collective.
@@ -205,7 +214,7 @@ def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjec
             while sample >= layout.sizes[owner]:
                 sample -= layout.sizes[owner]
                 owner += 1
-        places.append(f"objective {objective} (rank {owner})")
+        places.append(f"objective {layout.whole.index_of(objective)} (rank {owner})")
     listed = ", ".join(places[:8]) + (", ..." if len(places) > 8 else "")
     return NonFiniteObjectiveError(
         f"Found NaN or infinity in {listed}, or in its gradient; expected finite objectives. No "

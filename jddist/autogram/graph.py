@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,9 @@ from jddist.errors import UnsupportedModelError
 from .capture import Mark, marks_of
 from .record import CallRecord
 
+# A node, and at which of its inputs another node's output is.
+Consumer = tuple[Node, int]
+
 
 @dataclass(eq=False)
 class ReachedCall:
@@ -23,11 +28,13 @@ class ReachedCall:
         record: The call.
         edges: For each such output, the edge at which its gradient is taken.
         geometries: For outputs whose edge is that of their base: their shape and strides.
+        broadcast: For outputs whose edge is that of a sum behind a broadcast: its batch size.
     """
 
     record: CallRecord
     edges: dict[int, GradientEdge] = field(default_factory=dict)
     geometries: dict[int, tuple[Size, tuple[int, ...]]] = field(default_factory=dict)
+    broadcast: dict[int, int] = field(default_factory=dict)
 
     def add(self, mark: Mark, node: Node) -> None:
         """Notes that ``node``, which carries ``mark``, was reached."""
@@ -38,6 +45,29 @@ class ReachedCall:
         elif mark.index not in self.edges:
             self.edges[mark.index] = edge
             self.geometries[mark.index] = mark.geometry
+
+    def look_behind_broadcasts(self, consumers: Mapping[Node, Sequence[Consumer]]) -> None:
+        """Where an output of batch 1 is only added to tensors with a batch, takes its gradient at
+        the sum: autograd has added up the samples before it reaches the output itself."""
+        for index, edge in self.edges.items():
+            shape = self.record.output_shapes[index]
+            users = consumers.get(edge.node, ())
+            if len(shape) < 2 or shape[0] != 1 or index in self.geometries or len(users) != 1:
+                continue
+            ((node, position),) = users
+            if type(node).__name__ != "AddBackward0":
+                continue
+            if position == 1 and node._saved_alpha != 1:  # type: ignore[attr-defined]
+                continue
+            total = tuple(node._input_metadata[0].shape)
+            if len(total) == len(shape) and total[0] > 1 and total[1:] == shape[1:]:
+                self.edges[index] = GradientEdge(node, 0)
+                self.broadcast[index] = total[0]
+
+    def batch_of(self, index: int) -> int | None:
+        """The size of dimension 0 of an output's gradient."""
+        shape = self.record.output_shapes[index]
+        return self.broadcast.get(index, shape[0] if shape else None)
 
     def output_gradient(self, index: int, gradient: Tensor) -> Tensor:
         """The gradient of output ``index`` [k, *shape] from that at its edge."""
@@ -50,10 +80,14 @@ class ReachedCall:
 
 @dataclass(frozen=True, eq=False)
 class ReachedGraph:
-    """The recorded calls (in no particular order) and the leaf tensors below an output."""
+    """The recorded calls (in no particular order) and the leaf tensors below an output.
+
+    ``structure`` counts the kinds of nodes: another value is another graph.
+    """
 
     calls: list[ReachedCall]
     leaves: set[Parameter]
+    structure: frozenset[tuple[str, int]]
 
 
 def explore(output: Tensor) -> ReachedGraph:
@@ -72,8 +106,11 @@ def explore(output: Tensor) -> ReachedGraph:
     # Holding the nodes is part of the bookkeeping: their Python wrappers are made on demand, and
     # a wrapper that died could hand its id to another node.
     seen: set[Node] = set(stack)
+    kinds: Counter[str] = Counter()
+    consumers: dict[Node, list[Consumer]] = {}
     while stack:
         node = stack.pop()
+        kinds[type(node).__name__] += 1
         if type(node).__name__ == "AccumulateGrad":
             leaves.add(node.variable)  # type: ignore[attr-defined]
             continue
@@ -84,8 +121,13 @@ def explore(output: Tensor) -> ReachedGraph:
             )
         for mark in marks_of(node):
             calls.setdefault(mark.record, ReachedCall(mark.record)).add(mark, node)
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
+        for position, (child, _) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            consumers.setdefault(child, []).append((node, position))
+            if child not in seen:
                 seen.add(child)
                 stack.append(child)
-    return ReachedGraph(list(calls.values()), leaves)
+    for call in calls.values():
+        call.look_behind_broadcasts(consumers)
+    return ReachedGraph(list(calls.values()), leaves, frozenset(kinds.items()))

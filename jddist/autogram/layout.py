@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
 
 
@@ -65,6 +66,12 @@ class OutputLayout:
             return rows.reshape(self.shape)
         rest = [s for d, s in enumerate(self.shape) if d != self.batch_dim]
         return rows.reshape([self.batch, *rest]).movedim(0, self.batch_dim)
+
+    def index_of(self, row: int) -> str:
+        """Where a row of the engine's order stands in the output, in words."""
+        rows = self.shaped(torch.arange(self.num_rows))
+        index = (rows == row).nonzero()[0].tolist()
+        return str(index[0]) if len(index) == 1 else str(index)
 
     def generalized(self, gramian: Tensor) -> Tensor:
         """[m, m] in the engine's order -> the generalized Gramian [m1, ..., mk, mk, ..., m1]."""

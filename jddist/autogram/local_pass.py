@@ -52,6 +52,7 @@ class LocalPass:
     batched: bool
     samples: int = 0
     _direct: dict[Hashable, frozenset[int]] = field(default_factory=dict)
+    _steps: dict[Hashable, int] = field(default_factory=dict)
 
     def blocks(self, output: Tensor, layout: OutputLayout) -> Blocks:
         """One block per entry of the table; None where the rows are all zero.
@@ -74,21 +75,32 @@ class LocalPass:
         }
         calls, elsewhere = self._usable_calls(graph.calls, layout)
         self.samples = _samples_seen(calls)
-        signature = self._signature(calls, reached, layout)
+        signature = (self._signature(calls, reached, layout), graph.structure)
         known = self._direct.get(signature)
         start = (known or frozenset()) | (elsewhere & reached)
         blocks, direct = self._compute(output, layout, calls, reached, start)
-        if known is None:
+        if self._is_due(signature):
             entries = [self._entry(i) for i in sorted(reached - direct)]
             eps = _coarsest_rounding(calls)
             wrong = wrong_entries(output, layout, entries, blocks, eps)
             if wrong is None:
+                self._steps[signature] -= 1
                 return blocks  # NaN proves nothing: check again next time
             if self.batched:  # without a batch dimension the direct way is the usual one
-                self._warn_about(direct, wrong, had_calls=bool(graph.calls))
+                news = direct if known is None else frozenset[int]()
+                self._warn_about(news, wrong, had_calls=bool(graph.calls))
             self._direct[signature] = direct | wrong
             self._fill_directly(output, layout, blocks, wrong)
         return blocks
+
+    def _is_due(self, signature: Hashable) -> bool:
+        """Whether to check at this step: the 1st, 2nd, 4th, 8th, ... of each structure.
+
+        Once is not enough: a gradient may be zero at first (a head initialised to zero), and the
+        values that decide who is mixed with whom are no part of the structure.
+        """
+        self._steps[signature] = step = self._steps.get(signature, 0) + 1
+        return step & (step - 1) == 0
 
     def _usable_calls(
         self, calls: Iterable[ReachedCall], layout: OutputLayout
@@ -104,8 +116,7 @@ class LocalPass:
             if call.record.released or (owner.rule is None and not self.batched):
                 elsewhere |= indices
                 continue
-            shapes = [call.record.output_shapes[index] for index in call.edges]
-            if self.batched and any(len(s) == 0 or s[0] != layout.batch for s in shapes):
+            if self.batched and not _is_batched(owner, call, layout.batch):
                 elsewhere |= indices
                 continue
             call.record.check_unmodified(owner.name)
@@ -238,6 +249,15 @@ class LocalPass:
 
     def _entry(self, index: int) -> Entry:
         return self.table.entries[index]
+
+
+def _is_batched(owner: Owner, call: ReachedCall, batch: int) -> bool:
+    """Whether dimension 0 of all the call's outputs counts the samples, as far as sizes tell."""
+    if any(call.batch_of(index) != batch for index in call.edges):
+        return False
+    # A closed form takes the call apart by samples: a vector or a broadcast input has none.
+    shapes = [call.record.output_shapes[index] for index in call.edges]
+    return owner.rule is None or (not call.broadcast and all(len(s) > 1 for s in shapes))
 
 
 def _coarsest_rounding(calls: list[tuple[Owner, ReachedCall]]) -> float:

@@ -53,6 +53,22 @@ class ParameterTable:
     owner_of: dict[nn.Module, Owner] = field(default_factory=dict)
     index_of_owner: dict[Owner, int] = field(default_factory=dict)
 
+    def check_current(self) -> None:
+        """Raises ValueError if a module holds other parameters than when the table was built."""
+        for owner in self.owners:
+            direct = sum(p is not None for p in owner.module._parameters.values())
+            same = direct == sum("." not in path for path in owner.paths)
+            for path, parameter in owner.paths.items():
+                parent, _, name = path.rpartition(".")
+                holder = owner.module.get_submodule(parent)
+                same = same and holder._parameters.get(name) is parameter
+            if not same:
+                raise ValueError(
+                    f"Found other parameters in module '{owner.name}' than when the engine was "
+                    "created; expected the same. Create a new Engine after loading with "
+                    "assign=True, tying or parametrizing."
+                )
+
     @property
     def trainable(self) -> list[Entry]:
         """The entries whose parameter requires a gradient now."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from jddist.aggregation import Aggregator
 from jddist.distribution.base import Distribution
 
-from ._accumulate import add_jacs, check_expects_gradients
+from ._accumulate import add_jacs, check_expects_gradients, free_jacs, jac_of
 from ._arguments import as_cotangents, as_tensors
 from ._context import default_inputs, involved_distribution, stated_objectives
 from ._differentiate import check_chunk_size, vjp_rows
@@ -55,6 +55,7 @@ def backward(
     placement = stated_objectives(distribution)
     error: Exception | None = None
     found: list[Tensor] = []
+    before: list[Tensor | None] = []
     try:
         outputs = as_tensors(tensors, "tensors")
         if inputs is None:
@@ -72,6 +73,8 @@ def backward(
                 retain_graph=retain_graph,
                 chunk_size=parallel_chunk_size,
             )
+        if aggregator is not None:
+            before = [None if (jac := jac_of(t)) is None else jac.clone() for t in found]
         add_jacs(found, rows)
         for tensor in found:
             distribution.row_placements[tensor] = placement
@@ -81,4 +84,12 @@ def backward(
             raise
         error = failure
     if aggregator is not None:
-        aggregate_groups([found], [aggregator], distribution=distribution, error=error)
+        try:
+            aggregate_groups([found], [aggregator], distribution=distribution, error=error)
+        except Exception:
+            # Rows of a step that failed must not be added to those of the next.
+            free_jacs(found)
+            for tensor, jac in zip(found, before, strict=False):
+                if jac is not None:
+                    add_jacs([tensor], [jac])
+            raise

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Placement, Shard
+from torch.nn.parameter import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .collectives import Group
@@ -59,6 +60,10 @@ class Distribution(ABC):
     def first_pass(self) -> Iterator[None]:
         """Guards differentiation that must not look like the wrapper's own backward."""
         yield
+
+    def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
+        """Reduces gradients that wait for a backward which is not going to take place."""
+        return None  # nothing waits without a wrapper
 
     def backward_factor(self, placement: Placement) -> float:
         """By what the global weights are multiplied before the wrapper's own reduction.

@@ -27,7 +27,7 @@ def checked_count(
             f'Found count={count!r} with objectives={placement!r}; expected it with Partial("avg") '
             "only, where objectives are means over samples."
         )
-    values = count.tolist() if isinstance(count, Tensor) else count
+    values = count.reshape(-1).tolist() if isinstance(count, Tensor) else count
     counts = [values] * num_objectives if isinstance(values, int | float) else list(values)
     if len(counts) != num_objectives or any(c < 0 for c in counts):
         raise ValueError(

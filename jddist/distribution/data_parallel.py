@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch.distributed.tensor import Placement
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import Parameter
 
 from .base import Distribution
 from .collectives import Group
@@ -48,6 +50,19 @@ class DataParallel(Distribution):
 
     def describe(self) -> str:
         return f"DistributedDataParallel over {self.group.size} ranks"
+
+    def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
+        """The mean over ranks, as the reducer would have taken it; gradients that were reduced
+        already are the same on all ranks, and stay so."""
+        if not all(wrapper.require_backward_grad_sync for wrapper in self.wrappers):
+            return
+        for parameter in parameters:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            total = self.group.all_reduce(grad.detach().clone()) / self.divisor
+            if parameter.grad is not None:
+                parameter.grad.copy_(total)
+            elif total.any():
+                parameter.grad = total
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:

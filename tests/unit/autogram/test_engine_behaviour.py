@@ -314,3 +314,115 @@ def test_a_parameter_is_its_own_objective() -> None:
     model = nn.ParameterDict({"x": torch.ones(3, dtype=torch.float64)})
     engine = Engine(model, batch_dim=None)
     assert torch.equal(engine.compute_gramian(model["x"]), torch.eye(3, dtype=torch.float64))
+
+
+class _Changing(nn.Module):
+    """Mixes samples from some step on, or reads its layer once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+        self.head = nn.Linear(4, 2)
+        self.mixing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x).tanh()
+        if self.mixing:
+            hidden = hidden - hidden.mean(0)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def test_samples_mixed_from_some_step_on_are_noticed() -> None:
+    torch.manual_seed(0)
+    model = _Changing().double()
+    engine = Engine(model, batch_dim=0)
+    for step in range(5):
+        model.mixing = step >= 2
+        with slow_way(announced=step == 2):
+            assert_exact(engine, losses_of(model(data())), model.parameters())
+
+
+def test_a_penalty_on_the_parameters_from_some_step_on_is_noticed() -> None:
+    model = small_model()
+    engine = Engine(model, batch_dim=0)
+    for step in range(4):
+        losses = losses_of(model(data()))
+        if step >= 2:
+            losses = losses + 0.1 * sum(p.square().sum() for p in model.parameters())
+        with slow_way(announced=step == 2):
+            assert_exact(engine, losses, model.parameters())
+
+
+def test_gradients_that_are_zero_at_first_are_checked_again() -> None:
+    torch.manual_seed(0)
+    model = _Changing().double()
+    model.mixing = True
+    nn.init.zeros_(model.head.weight)
+    engine = Engine(model, batch_dim=0)
+    with slow_way(announced=False):  # nothing reaches the inner layer yet: zero is right
+        assert_exact(engine, losses_of(model(data())), model.parameters())
+    nn.init.ones_(model.head.weight)
+    with slow_way(announced=True):
+        assert_exact(engine, losses_of(model(data())), model.parameters())
+
+
+def test_parameters_replaced_after_the_engine_was_created_are_refused() -> None:
+    model = small_model()
+    engine = Engine(model, batch_dim=0)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match="Create a new Engine"):
+        engine.compute_gramian(losses_of(model(data())))
+    engine = Engine(model, batch_dim=0)
+    model[3] = nn.Linear(5, 3).double()
+    with pytest.raises(ValueError, match="Create a new Engine"):
+        engine.compute_gramian(losses_of(model(data())))
+
+
+class _Lookup(nn.Module):
+    """Looks a table up without any batch, and does more with it than add it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.table(torch.arange(3)[None])
+        out: Tensor = self.head(x + rows.squeeze(0).mean(0)) * rows.square().sum()
+        return out
+
+
+def test_hooks_never_change_what_the_model_computes() -> None:
+    torch.manual_seed(0)
+    model = _Lookup().double()
+    with torch.no_grad():
+        expected = model(data())
+    engine = Engine(model, batch_dim=0)
+    output = model(data())
+    assert torch.equal(output, expected)
+    with slow_way(announced=True):
+        assert_exact(engine, losses_of(output), model.parameters())
+
+
+def test_a_layer_on_a_vector_as_long_as_the_batch() -> None:
+    """A Linear on a parameter of its own, with as many outputs as there are samples."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(4))
+            self.project = nn.Linear(4, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(x + self.project(self.token))
+            return out
+
+    torch.manual_seed(0)
+    model = Tokens().double()
+    engine = Engine(model, batch_dim=0)
+    x = torch.randn(6, 6, dtype=torch.float64)
+    with slow_way(announced=True):
+        assert_exact(engine, losses_of(model(x)), model.parameters())
