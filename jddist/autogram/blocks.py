@@ -105,16 +105,6 @@ class OuterBlock(JacobianBlock):
         """The number of positions t over which the outer products are summed."""
         return sum(grads.shape[2] for _, grads in self._parts)
 
-    @property
-    def element_size(self) -> int:
-        """Bytes of one number of the factors."""
-        return self._dtype.itemsize
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors and rows."""
-        return self._dtype
-
     def factors(self) -> tuple[Tensor | None, Tensor]:
         """``a`` [b, t, in] (or None) and ``g`` [b, k, t, out] over all positions."""
         if len(self._parts) > 1:

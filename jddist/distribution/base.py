@@ -8,7 +8,6 @@ same rows.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,7 +26,7 @@ POSSIBLE_PLACEMENTS: tuple[Placement, ...] = (Shard(0), Partial("avg"), Partial(
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-class Distribution(ABC):
+class Distribution:
     """How some parameters are distributed over ranks.
 
     Args:
@@ -51,10 +50,6 @@ class Distribution(ABC):
         self.names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.handshake = Handshake(group)
         self.row_placements: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    @abstractmethod
-    def describe(self) -> str:
-        """What the parameters are wrapped in, in words."""
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:

@@ -48,9 +48,6 @@ class DataParallel(Distribution):
         alive = [ref() for ref in self._wrappers]
         return [wrapper for wrapper in alive if wrapper is not None]
 
-    def describe(self) -> str:
-        return f"DistributedDataParallel over {self.group.size} ranks"
-
     def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
         """The mean over ranks, as the reducer would have taken it; gradients that were reduced
         already are the same on all ranks, and stay so."""

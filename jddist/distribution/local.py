@@ -13,6 +13,3 @@ class Local(Distribution):
 
     def __init__(self, objectives: Placement | None = None) -> None:
         super().__init__(Group(None), objectives)
-
-    def describe(self) -> str:
-        return "one process"
