@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from ._complementarity import certificate, guess, polish, unit_diagonal
-from .dual_cone import QuadprogProjector, RegularizedProjector, solve_one_by_one
+from .dual_cone import (
+    NOT_FINITE,
+    NOT_POSITIVE_DEFINITE,
+    QuadprogProjector,
+    RegularizedProjector,
+    solve_one_by_one,
+)
 
 # Largest relative KKT residual of a solution that is handed out as it is.
 _CERTIFIED = 1e-8
-# Below this m, the batched solver is bound by the number of operations and not by their size.
-_LOW_PRECISION_FROM = 100
+# Below this k m, the batched solver is bound by the number of operations and not by their size.
+_LOW_PRECISION_FROM = 10_000
 # k m³ from which all problems at once are faster than quadprog one by one, on CPUs.
-_WORTHWHILE = 3e6
+_WORTHWHILE = 2e6
 
 
 class BatchedProjector(RegularizedProjector):
@@ -66,14 +72,18 @@ class BatchedProjector(RegularizedProjector):
         self._last = None
 
     def _solve(self, vectors: Tensor, gramian: Tensor) -> Tensor:
-        _check_positive_definite(gramian)
+        slopes = vectors @ gramian
+        if not torch.isfinite(slopes).all():
+            raise ValueError(NOT_FINITE)
+        if torch.linalg.cholesky_ex(gramian).info != 0:
+            raise ValueError(NOT_POSITIVE_DEFINITE)
         solutions = vectors.clone()
         # Where Gu >= 0 the constraints are all active and u solves its own problem.
-        open_ = (vectors @ gramian < 0.0).any(dim=1)
+        open_ = (slopes < 0.0).any(dim=1)
         start = None
         if self._last is not None and self._last.shape == vectors.shape:
             start = self._last.to(vectors.device)[open_]
-        for dtype in _precisions(gramian.shape[0]):
+        for dtype in _precisions(vectors.numel()):
             rows = open_.nonzero().squeeze(1)
             if rows.numel() == 0:
                 break
@@ -147,14 +157,9 @@ def _solve_together(
     return solution.T, certified
 
 
-def _precisions(m: int) -> tuple[torch.dtype, ...]:
+def _precisions(size: int) -> tuple[torch.dtype, ...]:
     """What to iterate in; float64 serves Gramians that are too ill-conditioned for float32."""
-    return (torch.float32, torch.float64) if m >= _LOW_PRECISION_FROM else (torch.float64,)
-
-
-def _check_positive_definite(gramian: Tensor) -> None:
-    if bool(torch.linalg.cholesky_ex(gramian).info != 0):
-        raise ValueError("the regularized Gramian is not positive definite")
+    return (torch.float32, torch.float64) if size >= _LOW_PRECISION_FROM else (torch.float64,)
 
 
 def _device_with_float64(tensor: Tensor) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,10 @@ import quadprog
 import torch
 from torch import Tensor
 
-from .gramian import normalize, regularize
 from .matrix import PSDMatrix, is_psd_matrix
+
+NOT_FINITE = "the Gramian or the vectors hold NaN or infinite values"
+NOT_POSITIVE_DEFINITE = "the regularized Gramian is not positive definite"
 
 _Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -97,14 +99,15 @@ class RegularizedProjector(DualConeProjector):
         m = G.shape[0]
         if U.numel() == 0:
             return U.detach().to(G).clone()
-        gramian = cast(PSDMatrix, G.detach().to(device=self._device(U, G), dtype=torch.float64))
-        trace = float(gramian.diagonal().sum())
+        matrix = G.detach().to(device=self._device(U, G), dtype=torch.float64)
+        trace = matrix.trace().item()
         self._watch(trace)
-        matrix = regularize(normalize(gramian, self.norm_eps), self.reg_eps)
+        # `normalize` and `regularize`, in fewer operations.
+        vanishing = trace < self.norm_eps or trace == 0.0
+        matrix = torch.zeros_like(matrix) if vanishing else matrix / trace
+        matrix.diagonal().add_(self.reg_eps)
         vectors = U.detach().to(matrix).reshape(-1, m)
         try:
-            if not (torch.isfinite(matrix).all() and torch.isfinite(vectors).all()):
-                raise ValueError("the Gramian or the vectors hold NaN or infinite values")
             solutions = self._solve(vectors, matrix)
         except ValueError as error:
             raise ValueError(
@@ -120,11 +123,11 @@ class RegularizedProjector(DualConeProjector):
         """Minimizes vᵀGv subject to v >= u for each row u of `vectors` [k, m].
 
         Args:
-            vectors: The vectors u, finite, in float64.
-            gramian: G [m, m] normalized and regularized, finite, in float64.
+            vectors: The vectors u, in float64.
+            gramian: G [m, m] normalized and regularized, in float64.
 
         Raises:
-            ValueError: G is not positive definite.
+            ValueError: Something is not finite, or G is not positive definite.
         """
 
     def _device(self, U: Tensor, G: Tensor) -> torch.device:
@@ -165,24 +168,36 @@ class QuadprogProjector(RegularizedProjector):
 
 
 def solve_one_by_one(gramian: _Array, vectors: _Array) -> _Array:
-    """Minimizes vᵀGv subject to v >= u for each row u [k, m], by one factorization of G [m, m].
+    """Minimizes vᵀGv subject to v >= u for each row u of `vectors` [k, m].
 
     Raises:
-        ValueError: G is not positive definite.
+        ValueError: Something is not finite, or G is not positive definite.
     """
+    slopes = vectors @ gramian
+    if not np.isfinite(slopes).all():
+        raise ValueError(NOT_FINITE)
+    linear, constraints = np.zeros(len(gramian)), np.eye(len(gramian))
+    solutions = vectors.copy()
+    # Where Gu >= 0 the constraints are all active and u solves its own problem.
+    open_ = np.flatnonzero((slopes < 0.0).any(axis=1))
+    factored = len(open_) > 1  # quadprog factors G itself, which for one problem is quickest
+    matrix = _inverse_root(gramian) if factored else gramian
+    for k in open_:
+        try:
+            found = quadprog.solve_qp(matrix, linear, constraints, vectors[k], 0, factored)
+        except ValueError as error:
+            raise ValueError(f"{NOT_POSITIVE_DEFINITE} ({error})") from error
+        solutions[k] = found[0]
+    return solutions
+
+
+def _inverse_root(gramian: _Array) -> _Array:
+    """R⁻¹ where G = RᵀR with R upper triangular, as quadprog wants it."""
     try:
         factor = np.linalg.cholesky(gramian)
     except np.linalg.LinAlgError:
-        raise ValueError("the regularized Gramian is not positive definite") from None
-    # quadprog wants R⁻¹ with G = RᵀR.
-    inverse_root = np.ascontiguousarray(np.linalg.inv(factor).T)
-    m = gramian.shape[0]
-    linear, constraints = np.zeros(m), np.eye(m)
-    solutions = vectors.copy()
-    # Where Gu >= 0 the constraints are all active and u solves its own problem.
-    for k in np.flatnonzero((vectors @ gramian < 0.0).any(axis=1)):
-        solutions[k] = quadprog.solve_qp(inverse_root, linear, constraints, vectors[k], 0, True)[0]
-    return solutions
+        raise ValueError(NOT_POSITIVE_DEFINITE) from None
+    return np.ascontiguousarray(np.linalg.inv(factor).T)
 
 
 def _non_negative(name: str, value: float) -> float:
