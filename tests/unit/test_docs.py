@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jddist import scalarization
 from jddist.autogram import Engine
 from tests._ranks import run_ranks
 
@@ -81,25 +82,23 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 COUNTS = [5, 2, 0]
-SIZES = {"STCH": {"mu": 0.3}, "GeometricMean": {}, "FAMO": {"shape": 3}, "UW": {"shape": 3}}
+ARGUMENTS = {"STCH": {"mu": 0.3}, "GeometricMean": {}, "FAMO": {"shape": 3}, "UW": {"shape": 3}}
 
 
 def _scalarized_gradient(rank: int, world_size: int, name: str) -> list[Tensor]:
     """As the methods page says: one step of DDP with global losses, and of one process."""
-    from jddist import scalarization  # after the group: forked ranks import it themselves
-
     over_ranks = _names_of_program(Path("docs/methods.md"), rank)["over_ranks"]
     assert callable(over_ranks)
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3, dtype=torch.float64)
     data = torch.randn(sum(COUNTS), 4, dtype=torch.float64)
-    plain = scalarization.__dict__[name](**SIZES[name]).double()
+    plain = getattr(scalarization, name)(**ARGUMENTS[name]).double()
     plain(model(data).square().mean(dim=0)).backward()
     expected = [p.grad.clone() for p in [*model.parameters(), *plain.parameters()]]
     model.zero_grad()
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     mine = data.split(COUNTS)[rank]
-    scalarizer = scalarization.__dict__[name](**SIZES[name]).double()
+    scalarizer = getattr(scalarization, name)(**ARGUMENTS[name]).double()
     # The mean of no samples would be NaN.
     losses = wrapped(mine).square().sum(dim=0) / max(len(mine), 1)
     values = over_ranks(losses, count=len(mine))
@@ -108,7 +107,7 @@ def _scalarized_gradient(rank: int, world_size: int, name: str) -> list[Tensor]:
     return [torch.cat([t.flatten() for t in tensors]) for tensors in (found, expected)]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_scalarizers_of_global_losses_are_exact(name: str) -> None:
     for found, expected in run_ranks(_scalarized_gradient, len(COUNTS), name):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
