@@ -15,6 +15,7 @@ from ._krum import Krum, KrumWeighting
 from ._mean import Mean, MeanWeighting
 from ._mgda import MGDA, MGDAWeighting
 from ._nash_mtl import NashMTL, NashMTLWeighting
+from ._pcd import PCD, PCDWeighting
 from ._pcgrad import PCGrad, PCGradWeighting
 from ._random import Random, RandomWeighting
 from ._sum import Sum, SumWeighting
@@ -24,6 +25,7 @@ from ._weightings import Flattening, GeneralizedWeighting, RowCountWeighting, We
 __all__ = [
     "IMTLG",
     "MGDA",
+    "PCD",
     "Aggregator",
     "AlignedMTL",
     "AlignedMTLWeighting",
@@ -50,6 +52,7 @@ __all__ = [
     "MeanWeighting",
     "NashMTL",
     "NashMTLWeighting",
+    "PCDWeighting",
     "PCGrad",
     "PCGradWeighting",
     "Random",

@@ -94,11 +94,11 @@ def _advance(rows: Array, at: _Iterate, residual: Array) -> _Iterate:
     predicted = _move(at, guess, _length(at, guess, 1.0))
     ratio = predicted.gap() / (len(products) + 1) / mean_gap
     target = mean_gap * min(1.0, max(ratio, 1e-4)) ** 3
-    curvature = at.point @ guess.point * guess.ball_weight
-    curvature += 0.5 * at.ball_weight * (guess.point @ guess.point)
-    step = solve(
-        products - target + guess.weights * guess.slacks, ball_product - target - curvature
-    )
+    # What the linear model of the products leaves out.
+    curvature = float(at.point @ guess.point) * guess.ball_weight
+    curvature += 0.5 * at.ball_weight * float(guess.point @ guess.point)
+    products += guess.weights * guess.slacks
+    step = solve(products - target, ball_product - target - curvature)
     return _move(at, step, _length(at, step, 0.995))
 
 
