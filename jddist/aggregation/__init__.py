@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from ._aligned_mtl import AlignedMTL, AlignedMTLWeighting
 from ._bases import Aggregator, GramianWeightedAggregator, WeightedAggregator
+from ._cagrad import CAGrad, CAGradWeighting
+from ._config import ConFIG, ConFIGWeighting
 from ._constant import Constant, ConstantWeighting
 from ._dualproj import DualProj, DualProjWeighting
+from ._fairgrad import FairGrad, FairGradWeighting
 from ._gradvac import GradVac, GradVacWeighting
+from ._imtlg import IMTLG, IMTLGWeighting
+from ._krum import Krum, KrumWeighting
 from ._mean import Mean, MeanWeighting
 from ._mgda import MGDA, MGDAWeighting
+from ._nash_mtl import NashMTL, NashMTLWeighting
+from ._pcd import PCD, PCDWeighting
 from ._pcgrad import PCGrad, PCGradWeighting
 from ._random import Random, RandomWeighting
 from ._sum import Sum, SumWeighting
@@ -15,20 +23,36 @@ from ._upgrad import UPGrad, UPGradWeighting
 from ._weightings import Flattening, GeneralizedWeighting, RowCountWeighting, Weighting
 
 __all__ = [
+    "IMTLG",
     "MGDA",
+    "PCD",
     "Aggregator",
+    "AlignedMTL",
+    "AlignedMTLWeighting",
+    "CAGrad",
+    "CAGradWeighting",
+    "ConFIG",
+    "ConFIGWeighting",
     "Constant",
     "ConstantWeighting",
     "DualProj",
     "DualProjWeighting",
+    "FairGrad",
+    "FairGradWeighting",
     "Flattening",
     "GeneralizedWeighting",
     "GradVac",
     "GradVacWeighting",
     "GramianWeightedAggregator",
+    "IMTLGWeighting",
+    "Krum",
+    "KrumWeighting",
     "MGDAWeighting",
     "Mean",
     "MeanWeighting",
+    "NashMTL",
+    "NashMTLWeighting",
+    "PCDWeighting",
     "PCGrad",
     "PCGradWeighting",
     "Random",
