@@ -4,38 +4,58 @@ from __future__ import annotations
 
 from ._bases import Aggregator, GramianWeightedAggregator, WeightedAggregator
 from ._constant import Constant, ConstantWeighting
+from ._crmogm import CRMOGMWeighting
+from ._dbmtl import DBMTL
 from ._dualproj import DualProj, DualProjWeighting
+from ._excess_mtl import ExcessMTL, ExcessMTLWeighting
+from ._graddrop import GradDrop
+from ._gradnorm import GradNorm, GradNormWeighting
 from ._gradvac import GradVac, GradVacWeighting
 from ._mean import Mean, MeanWeighting
 from ._mgda import MGDA, MGDAWeighting
+from ._moco import MoCo
+from ._modo import MoDoWeighting
 from ._pcgrad import PCGrad, PCGradWeighting
 from ._random import Random, RandomWeighting
+from ._sdmgrad import SDMGradWeighting
 from ._sum import Sum, SumWeighting
+from ._trimmed_mean import TrimmedMean
 from ._upgrad import UPGrad, UPGradWeighting
 from ._weightings import Flattening, GeneralizedWeighting, RowCountWeighting, Weighting
 
 __all__ = [
+    "DBMTL",
     "MGDA",
     "Aggregator",
+    "CRMOGMWeighting",
     "Constant",
     "ConstantWeighting",
     "DualProj",
     "DualProjWeighting",
+    "ExcessMTL",
+    "ExcessMTLWeighting",
     "Flattening",
     "GeneralizedWeighting",
+    "GradDrop",
+    "GradNorm",
+    "GradNormWeighting",
     "GradVac",
     "GradVacWeighting",
     "GramianWeightedAggregator",
     "MGDAWeighting",
     "Mean",
     "MeanWeighting",
+    "MoCo",
+    "MoDoWeighting",
     "PCGrad",
     "PCGradWeighting",
     "Random",
     "RandomWeighting",
     "RowCountWeighting",
+    "SDMGradWeighting",
     "Sum",
     "SumWeighting",
+    "TrimmedMean",
     "UPGrad",
     "UPGradWeighting",
     "WeightedAggregator",
