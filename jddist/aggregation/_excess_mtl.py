@@ -64,27 +64,32 @@ class ExcessRiskWeighting(Weighting[Tensor], Remembers):
     def forward(self, risks: Tensor, /) -> Tensor:
         m = len(risks)
         weights = self._recall("weights", risks, m)
-        if weights is None:
-            weights = uniform(risks, m)
-            steps = torch.zeros((), dtype=torch.int64)
-            self._memory = {"weights": weights, "warmup": torch.zeros_like(risks), "steps": steps}
-        warming_up = int(self._memory["steps"]) < self.n_warmup_steps
-        self._memory["steps"] = self._memory["steps"] + 1
-        warmup = self._memory["warmup"].to(risks.device)
-        if warming_up:
-            self._memory["warmup"] = warmup + risks
-            return weights
+        warmup = self._recall("warmup", risks, m)
         baseline = self._recall("baseline", risks, m)
-        if baseline is None and self.n_warmup_steps == 0:
-            self._memory["baseline"] = risks  # As in the authors' code, this call is not scaled.
+        if weights is None or warmup is None or baseline is None:
+            weights, warmup, baseline = uniform(risks, m), risks.new_zeros(m), risks.new_zeros(m)
+            self._memory = {"steps": torch.tensor(0), "has baseline": torch.tensor(False)}
+        steps, has_baseline = int(self._memory["steps"]), bool(self._memory["has baseline"])
+        if steps < self.n_warmup_steps:
+            warmup = warmup + risks
         else:
-            if baseline is None:
+            if has_baseline:
+                risks = risks / (baseline + EPS)
+            elif self.n_warmup_steps == 0:
+                baseline = risks  # As in the authors' code, this call is not scaled.
+            else:
                 baseline = warmup / self.n_warmup_steps
-                self._memory["baseline"] = baseline
-            risks = risks / (baseline + EPS)
-        # In terms of logarithms, a huge risk saturates the weights instead of overflowing.
-        weights = torch.softmax(weights.log() + self.robust_step_size * risks, dim=0)
-        self._memory["weights"] = weights
+                risks = risks / (baseline + EPS)
+            has_baseline = True
+            # In terms of logarithms, a huge risk saturates the weights instead of overflowing.
+            weights = torch.softmax(weights.log() + self.robust_step_size * risks, dim=0)
+        self._memory = {
+            "weights": weights,
+            "warmup": warmup,
+            "baseline": baseline,
+            "steps": torch.tensor(steps + 1),
+            "has baseline": torch.tensor(has_baseline),
+        }
         return weights
 
 
