@@ -77,8 +77,7 @@ class WholeColumns(Columns):
             raise ValueError(
                 f"Found a state that is spread over ranks (a {type(packed).__name__}) where all "
                 "columns are in one process; expected a plain tensor. Load the checkpoint with "
-                "torch.distributed.checkpoint into an instance that was called once, or call "
-                "full_tensor() on the state on all ranks before saving."
+                "torch.distributed.checkpoint, after jddist.autojac.allocate_state."
             )
         return packed
 

@@ -49,7 +49,7 @@ class RankColumns(Columns):
 
     def pack(self, columns: Tensor) -> Tensor:
         process_group = self._group.process_group
-        if process_group is None:
+        if process_group is None or self._group.size == 1:
             return columns
         return DTensor.from_local(
             columns,
@@ -70,8 +70,8 @@ class RankColumns(Columns):
             raise ValueError(
                 f"Found a state spread over the ranks {packed.device_mesh.mesh.tolist()} as "
                 f"{packed.placements}; expected its columns on the ranks {ranks}. Load the "
-                "checkpoint with torch.distributed.checkpoint into an instance that was called "
-                "once on these ranks."
+                "checkpoint with torch.distributed.checkpoint, after "
+                "jddist.autojac.allocate_state on these ranks."
             )
         return local
 

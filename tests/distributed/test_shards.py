@@ -43,7 +43,7 @@ EVERYWHERE = ("UPGrad", "ExcessMTL", "GradDrop", "Mean")
 LIMIT = 1e-10
 
 
-def _jacobian(n: int, call: int) -> Tensor:
+def jacobian_of(n: int, call: int) -> Tensor:
     return make_matrix("conflicting", M, seed=call, n=n)
 
 
@@ -65,7 +65,7 @@ def whole(aggregator: Aggregator, n: int) -> tuple[list[Tensor], Tensor]:
     results = []
     for call in range(CALLS):
         state_losses(aggregator, call)
-        results.append(aggregator(_jacobian(n, call)))
+        results.append(aggregator(jacobian_of(n, call)))
     return results, torch.get_rng_state()
 
 
@@ -122,7 +122,7 @@ def _dtensors(rank: int, world_size: int) -> dict[str, Any]:
                     error, logs = 0.0, []
                     for call in range(CALLS):
                         state_losses(aggregator, call)
-                        jacobian = _as_dtensor(_jacobian(n, call), placement, rank, world_size)
+                        jacobian = _as_dtensor(jacobian_of(n, call), placement, rank, world_size)
                         with spying(rank, world_size) as log:
                             result = aggregator(jacobian)
                         logs.append(list(log))
@@ -140,7 +140,7 @@ def _dtensors(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
-class _Rows(nn.Module):
+class Rows(nn.Module):
     """Parameters with n elements together."""
 
     def __init__(self, n: int) -> None:
@@ -149,7 +149,7 @@ class _Rows(nn.Module):
         self.second = nn.Parameter(torch.zeros(n // 3, 1, dtype=torch.float64))
 
 
-def _set_jacs(parameters: list[nn.Parameter], rows: Tensor) -> None:
+def set_jacs(parameters: list[nn.Parameter], rows: Tensor) -> None:
     widths = [p.numel() for p in parameters]
     for p, part in zip(parameters, rows.split(widths, dim=1), strict=True):
         p.jac = part.reshape(len(rows), *p.shape).clone()  # type: ignore[attr-defined]
@@ -159,7 +159,7 @@ def _autojac(rank: int, world_size: int) -> dict[str, Any]:
     """All methods in one `jac_to_grad_groups`, each on its own parameters; one rank is empty."""
     torch.manual_seed(0)
     aggregators = [method.make() for method in METHODS.values()]
-    model = nn.ModuleList(_Rows(UNEVEN) for _ in aggregators)
+    model = nn.ModuleList(Rows(UNEVEN) for _ in aggregators)
     attach(wrap(model), objectives=Shard(0))
     groups = [list(rows.parameters()) for rows in model]
     kind = "even" if world_size == 1 else "empty"
@@ -171,7 +171,7 @@ def _autojac(rank: int, world_size: int) -> dict[str, Any]:
         for call in range(CALLS):
             for group, aggregator in zip(groups, aggregators, strict=True):
                 state_losses(aggregator, call)
-                _set_jacs(group, local_part(_jacobian(UNEVEN, call), rank, world_size, kind))
+                set_jacs(group, local_part(jacobian_of(UNEVEN, call), rank, world_size, kind))
             model.zero_grad()
             weights += [w for w in jac_to_grad_groups(groups, aggregators) if w is not None]
             vectors += [
