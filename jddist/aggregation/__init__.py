@@ -7,22 +7,32 @@ from ._bases import Aggregator, GramianWeightedAggregator, WeightedAggregator
 from ._cagrad import CAGrad, CAGradWeighting
 from ._config import ConFIG, ConFIGWeighting
 from ._constant import Constant, ConstantWeighting
+from ._crmogm import CRMOGMWeighting
+from ._dbmtl import DBMTL
 from ._dualproj import DualProj, DualProjWeighting
+from ._excess_mtl import ExcessMTL, ExcessMTLWeighting
 from ._fairgrad import FairGrad, FairGradWeighting
+from ._graddrop import GradDrop
+from ._gradnorm import GradNorm, GradNormWeighting
 from ._gradvac import GradVac, GradVacWeighting
 from ._imtlg import IMTLG, IMTLGWeighting
 from ._krum import Krum, KrumWeighting
 from ._mean import Mean, MeanWeighting
 from ._mgda import MGDA, MGDAWeighting
+from ._moco import MoCo
+from ._modo import MoDoWeighting
 from ._nash_mtl import NashMTL, NashMTLWeighting
 from ._pcd import PCD, PCDWeighting
 from ._pcgrad import PCGrad, PCGradWeighting
 from ._random import Random, RandomWeighting
+from ._sdmgrad import SDMGradWeighting
 from ._sum import Sum, SumWeighting
+from ._trimmed_mean import TrimmedMean
 from ._upgrad import UPGrad, UPGradWeighting
 from ._weightings import Flattening, GeneralizedWeighting, RowCountWeighting, Weighting
 
 __all__ = [
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "PCD",
@@ -31,16 +41,22 @@ __all__ = [
     "AlignedMTLWeighting",
     "CAGrad",
     "CAGradWeighting",
+    "CRMOGMWeighting",
     "ConFIG",
     "ConFIGWeighting",
     "Constant",
     "ConstantWeighting",
     "DualProj",
     "DualProjWeighting",
+    "ExcessMTL",
+    "ExcessMTLWeighting",
     "FairGrad",
     "FairGradWeighting",
     "Flattening",
     "GeneralizedWeighting",
+    "GradDrop",
+    "GradNorm",
+    "GradNormWeighting",
     "GradVac",
     "GradVacWeighting",
     "GramianWeightedAggregator",
@@ -50,6 +66,8 @@ __all__ = [
     "MGDAWeighting",
     "Mean",
     "MeanWeighting",
+    "MoCo",
+    "MoDoWeighting",
     "NashMTL",
     "NashMTLWeighting",
     "PCDWeighting",
@@ -58,8 +76,10 @@ __all__ = [
     "Random",
     "RandomWeighting",
     "RowCountWeighting",
+    "SDMGradWeighting",
     "Sum",
     "SumWeighting",
+    "TrimmedMean",
     "UPGrad",
     "UPGradWeighting",
     "WeightedAggregator",

@@ -2,7 +2,8 @@
 
 An aggregator is handed all rows but perhaps only some columns of J. It never asks where the others
 are: what needs them goes through the current `Columns`, which are the whole ones unless a caller
-says otherwise with `acting_on`.
+says otherwise with `acting_on`. A tensor that knows its shards itself, such as a DTensor, is handed
+to the function that `register_sharded` was given for its type.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from torch import Tensor
 
 class Columns(ABC):
     """The columns of J at hand, and how to learn what the other shards' columns contribute."""
+
+    @abstractmethod
+    def span(self, width: int) -> tuple[int, int]:
+        """Where these columns are: the index of the first one, and n, the number of all columns.
+
+        Args:
+            width: The number of columns at hand.
+        """
 
     @abstractmethod
     def sum(self, partial: Tensor) -> Tensor:
@@ -35,15 +44,42 @@ class Columns(ABC):
             statistic: A tensor that is the same on all shards.
         """
 
+    @abstractmethod
+    def pack(self, columns: Tensor) -> Tensor:
+        """Makes a tensor [m, n] of the columns [m, n_r] of all shards, without sending anything."""
+
+    @abstractmethod
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The columns at hand, [m, n_r], of what `pack` made here or in another process.
+
+        Raises:
+            ValueError: They are not here.
+        """
+
 
 class WholeColumns(Columns):
     """All columns are here: nothing to add, nothing to share."""
+
+    def span(self, width: int) -> tuple[int, int]:
+        return 0, width
 
     def sum(self, partial: Tensor) -> Tensor:
         return partial
 
     def weigh(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
         return weighting(statistic)
+
+    def pack(self, columns: Tensor) -> Tensor:
+        return columns
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        if type(packed) is not Tensor:
+            raise ValueError(
+                f"Found a state that is spread over ranks (a {type(packed).__name__}) where all "
+                "columns are in one process; expected a plain tensor. Load the checkpoint with "
+                "torch.distributed.checkpoint, after jddist.autojac.allocate_state."
+            )
+        return packed
 
 
 _current: ContextVar[Columns] = ContextVar("jddist_columns", default=WholeColumns())  # noqa: B039
@@ -75,3 +111,25 @@ def weigh(weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
         return weighting(statistic)
     with acting_on(WholeColumns()):
         return columns.weigh(weighting, statistic)
+
+
+# What to do with tensors that know their shards, by their type.
+_sharded: dict[type[Tensor], Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {}
+
+
+def register_sharded(
+    kind: type[Tensor], run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+) -> None:
+    """Makes aggregators accept Jacobians of a type that knows its shards.
+
+    Args:
+        kind: The type.
+        run: Called with an aggregator and such a Jacobian [m, n]; calls the aggregator on this
+            shard's columns within `acting_on`, and makes a vector [n] of that type of the result.
+    """
+    _sharded[kind] = run
+
+
+def runner_of(matrix: Tensor) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None:
+    """The function registered for the type of `matrix`, or None."""
+    return next((run for kind, run in _sharded.items() if isinstance(matrix, kind)), None)

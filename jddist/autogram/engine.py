@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Placement, Shard
 
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
+from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
 from jddist.distribution.counts import Count, checked_count
 from jddist.distribution.once import Job
@@ -194,9 +195,11 @@ class Engine:
             Weights of the shape of the (global) objectives.
 
         Raises:
-            ValueError: The Gramian is not a matrix and the weighting is not generalized.
+            ValueError: The Gramian is not a matrix and the weighting is not generalized, or the
+                weighting needs the Jacobian itself.
             RankError: The weighting raised on rank 0 of several ranks.
         """
+        check_takes_gramians(weighting)
         plain = isinstance(weighting, Weighting) and not isinstance(weighting, GeneralizedWeighting)
         if plain and gramian.ndim != 2:
             raise ValueError(

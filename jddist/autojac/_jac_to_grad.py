@@ -156,13 +156,16 @@ def aggregate_groups(
         _check_finite(group)
         if by_gramian:
             check_can_skip_concatenation(aggregator)
-    results = [
-        _in_one_process(group, aggregator, retain_jac, by_gramian)
-        for group, aggregator in zip(groups, aggregators, strict=True)
-    ]
-    for group, (vectors, _) in zip(groups, results, strict=True):
-        add_grads(group, shaped(vectors, group))
-    return [weights for _, weights in results]
+    # Weightings of Gramians go first, as they do over several ranks: the draws are the same then.
+    by_turn = sorted(
+        range(len(groups)), key=lambda i: not isinstance(aggregators[i], GramianWeightedAggregator)
+    )
+    results = {
+        i: _in_one_process(groups[i], aggregators[i], retain_jac, by_gramian) for i in by_turn
+    }
+    for i, group in enumerate(groups):
+        add_grads(group, shaped(results[i][0], group))
+    return [results[i][1] for i in range(len(groups))]
 
 
 def _check_finite(group: list[Tensor]) -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.distributed.tensor import Placement
 
 from jddist.aggregation import Aggregator
+from jddist.aggregation._losses import stated_losses
 from jddist.distribution.base import POSSIBLE_PLACEMENTS, Distribution, is_sharded
+from jddist.distribution.columns import check_acts_on_columns
 from jddist.errors import LayoutMismatchError
 
 from ._accumulate import add_grads, free_jacs, jac_of
@@ -22,7 +24,7 @@ from ._groups import (
     check_group,
     shaped,
 )
-from ._sharded import RowGroup, aggregate, check_aggregator
+from ._sharded import RowGroup, aggregate
 
 
 def aggregate_over_ranks(
@@ -54,7 +56,7 @@ def aggregate_over_ranks(
         check_distinct(groups)
         for i, (group, aggregator) in enumerate(zip(groups, aggregators, strict=True)):
             check_group(group, i)
-            check_aggregator(aggregator)
+            check_acts_on_columns(aggregator)
             if by_gramian:
                 check_can_skip_concatenation(aggregator)
             jacs = [jac_of(t) for t in group]
@@ -68,6 +70,7 @@ def aggregate_over_ranks(
         agree = {
             "parameters of the groups": f"{[len(g) for g in names]} with digest {digest}",
             "aggregators": [type(a).__name__ for a in aggregators],
+            "losses stated to aggregators": [stated_losses(a) for a in aggregators],
             "dtypes": sorted({str(t.dtype) for group in groups for t in group}),
         }
     except Exception as failure:  # raised again on every rank, by the handshake

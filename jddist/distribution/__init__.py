@@ -1,8 +1,16 @@
 """How models are distributed over ranks, and what the ranks exchange."""
 
+from torch.distributed.tensor import DTensor
+
+from jddist.aggregation._columns import register_sharded
+
 from .attach import attach
 from .base import Distribution
+from .columns import aggregate_dtensor
 from .data_parallel import DataParallel
 from .local import Local
 
 __all__ = ["DataParallel", "Distribution", "Local", "attach"]
+
+# From now on, aggregators accept DTensors.
+register_sharded(DTensor, aggregate_dtensor)

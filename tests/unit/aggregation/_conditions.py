@@ -174,7 +174,7 @@ def conflict_averse(c: float, norm_eps: float) -> Condition:
 
 
 def _shortest(rows: Tensor) -> float:
-    """The length of the shortest convex combination, by quadprog on a barely regularized Gramian."""
+    """The length of the shortest convex combination, by quadprog on a hardly altered Gramian."""
     import quadprog
 
     m = len(rows)

@@ -51,8 +51,12 @@ class Meeting:
 class Shard(Columns):
     """One thread's columns."""
 
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank, self.meeting = rank, meeting
+    def __init__(self, rank: int, meeting: Meeting, sizes: list[int]) -> None:
+        self.rank, self.meeting, self.sizes = rank, meeting, sizes
+
+    def span(self, width: int) -> tuple[int, int]:
+        assert width == self.sizes[self.rank]
+        return sum(self.sizes[: self.rank]), sum(self.sizes)
 
     def sum(self, partial: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, partial)).sum(dim=0)
@@ -64,6 +68,12 @@ class Shard(Columns):
             weights = weighting(statistic)
         return self.meeting.exchange(self.rank, weights)[0]
 
+    def pack(self, columns: Tensor) -> Tensor:
+        return torch.cat(self.meeting.exchange(self.rank, columns), dim=1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return packed.split(self.sizes, dim=1)[self.rank].clone()
+
 
 def on_shards(
     aggregator: Aggregator, matrix: Tensor, sizes: list[int]
@@ -71,7 +81,7 @@ def on_shards(
     meeting = Meeting(len(sizes))
 
     def act(rank: int, columns: Tensor, mine: Aggregator) -> Tensor:
-        with acting_on(Shard(rank, meeting)):
+        with acting_on(Shard(rank, meeting, sizes)):
             return mine(columns)
 
     jobs = [(r, c, deepcopy(aggregator)) for r, c in enumerate(matrix.split(sizes, dim=1))]
