@@ -10,7 +10,6 @@ from torch import Tensor
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import GramianWeightedAggregator
-from ._cosines import split_lengths
 from ._host import Array, from_double, relative_rounding, to_host_in_double
 from ._weightings import GramianWeighting
 
@@ -23,8 +22,8 @@ class IMTLGWeighting(GramianWeighting):
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         matrix = to_host_in_double(gramian)
-        largest = np.abs(matrix).max(initial=0.0)
-        if largest == 0.0:
+        largest = matrix.diagonal().max(initial=0.0)
+        if largest <= 0.0:
             return gramian.new_zeros(gramian.shape[0])
         rounding = relative_rounding(gramian)
         solution = _solve(matrix / largest, rounding)
@@ -36,12 +35,14 @@ class IMTLGWeighting(GramianWeighting):
 
 def _solve(gramian: Array, rounding: float) -> Array:
     """The G⁺d, where d holds the lengths of the rows."""
-    lengths, cosines = split_lengths(gramian)
+    lengths = np.sqrt(np.maximum(gramian.diagonal(), 0.0))
     values, vectors = np.linalg.eigh(gramian)
-    kept = np.abs(values) > rounding * np.abs(values).max()
+    magnitudes = np.abs(values)
+    kept = magnitudes > rounding * magnitudes.max()
     if kept.all():
         # G = D C D with d = D 1: far more precise than the eigenvalues if the rows' lengths differ.
         try:
+            cosines = gramian / lengths[:, None] / lengths
             return np.linalg.solve(cosines, np.ones_like(lengths)) / lengths
         except np.linalg.LinAlgError:
             pass
