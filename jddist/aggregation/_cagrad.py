@@ -60,8 +60,12 @@ class CAGradWeighting(GramianWeighting):
         m = matrix.shape[0]
         nothing = gramian.new_zeros(m)
         lengths, cosines = split_lengths(matrix)
+        longest = float(lengths.max(initial=0.0))
+        if longest == 0.0:
+            return nothing
+        lengths /= longest  # So that nothing overflows.
         norm = float(np.linalg.norm(lengths))
-        if norm == 0.0 or norm**2 < self.norm_eps:
+        if (longest * norm) * (longest * norm) < self.norm_eps:
             return nothing
         rows = (lengths / norm)[:, None] * _square_root(cosines, relative_rounding(gramian))
         mean = rows.mean(axis=0)

@@ -39,14 +39,14 @@ class ConFIGWeighting(HasPreference, GramianWeighting):
         rounding = relative_rounding(gramian)
         # The direction Uᵀ(UUᵀ)⁺ p of the unit rows U has the coefficients x in terms of U.
         values, vectors = np.linalg.eigh(cosines)
-        kept = values > rounding * values.max(initial=0.0)
-        values, vectors = values[kept], vectors[:, kept]
+        kept = int((values > rounding * values.max(initial=0.0)).sum())
+        values, vectors = values[len(values) - kept :], vectors[:, len(values) - kept :]
         components = preference @ vectors
-        if np.linalg.norm(components) <= rounding * np.linalg.norm(preference):
+        if components @ components <= rounding**2 * (preference @ preference):
             return gramian.new_zeros(gramian.shape[0])  # No direction: rounding is all there is.
         coefficients = vectors @ (components / values)
         products = vectors @ components  # Of the direction with the unit rows.
-        squared_norm = (components**2 / values).sum()
+        squared_norm = components @ (components / values)
         # The direction's length becomes the sum of the rows' projections on it.
         weights = coefficients * (lengths @ products / squared_norm)
         return from_double(weights * invert(lengths), gramian)

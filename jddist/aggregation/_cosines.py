@@ -17,9 +17,11 @@ def split_lengths(gramian: Array) -> tuple[Array, Array]:
     inverses = invert(lengths)
     with np.errstate(over="ignore"):
         cosines = (gramian * inverses[:, None]) * inverses
-    return lengths, np.clip(cosines, -1.0, 1.0)
+    return lengths, np.minimum(np.maximum(cosines, -1.0), 1.0)
 
 
 def invert(values: Array) -> Array:
     """1 / values, and 0 where a value is 0."""
+    if values.all():
+        return 1.0 / values
     return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0.0)

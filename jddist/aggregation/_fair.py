@@ -5,10 +5,11 @@ the cosines between the rows, l their lengths and y = l x, it reads
 
     A y = s,    power log y + log s = (power - 1) log l,
 
-so that badly scaled rows leave no trace but the right-hand side. A primal-dual Newton method solves
-it with y and s as unknowns. Its equations are never singular, and the logarithms carry it over many
-orders of magnitude in few steps. The solution for power 1, which knows no lengths, is easy; other
-powers are approached from there, each one from the solution of the one before.
+so that badly scaled rows leave no trace but the right-hand side. For power 1 there is not even
+that: the function is self-concordant, and Newton's method with a line search finds its minimum from
+anywhere. Other powers are approached from there, each one from the solution of the one before, by a
+primal-dual Newton method with y and s as unknowns: its equations are never singular, and the
+logarithms carry it over many orders of magnitude in few steps.
 
 There is no solution where some v >= 0, v != 0 has Gv = 0 (a Pareto stationary point): x would be
 infinite along v. Eigenvalues of A which are too small to tell from 0 are therefore lifted to a
@@ -31,7 +32,7 @@ MAX_POWERS = 40
 ROUGH_STEPS = 6  # For the powers on the way: a rough solution is all that is needed.
 ROUGH_TOLERANCE = 0.1
 MAX_STEPS = 60
-PATIENCE = 8  # Steps without progress after which rounding must be the limit.
+PATIENCE = 5  # Steps without progress after which rounding must be the limit, near the solution.
 
 
 class _Point(NamedTuple):
@@ -77,19 +78,46 @@ def _lift(matrix: Array, floor: float) -> Array:
 
 
 def _solve(matrix: Array, log_lengths: Array, power: float, max_steps: int) -> Array:
-    y = 1.0 / np.sqrt(matrix.diagonal())
-    # The start need not satisfy A y = s, but must be positive.
-    point = _Point(y, np.maximum(matrix @ y, 0.1 * (np.abs(matrix) @ y)))
+    y = _minimize(matrix, max_steps)
+    if power == 1.0:
+        return y
+    point = _Point(y, 1.0 / y)
     n_powers = min(int(np.ceil(abs(np.log(power)) / np.log(POWER_RATIO))), MAX_POWERS)
-    powers = power ** (np.arange(n_powers + 1) / max(n_powers, 1))
-    point = _newton(matrix, 1.0, 0.0 * log_lengths, point, max_steps, TOLERANCE)
-    for p in powers[1:-1]:
+    for p in power ** (np.arange(1, n_powers) / n_powers):
         targets = (p - 1.0) * log_lengths
         point = _newton(matrix, p, targets, point, min(ROUGH_STEPS, max_steps), ROUGH_TOLERANCE)
-    if n_powers:
-        targets = (power - 1.0) * log_lengths
-        point = _newton(matrix, power, targets, point, max_steps, TOLERANCE)
-    return point.y
+    targets = (power - 1.0) * log_lengths
+    return _newton(matrix, power, targets, point, max_steps, TOLERANCE).y
+
+
+def _minimize(matrix: Array, max_steps: int) -> Array:
+    """The y > 0 with A y = 1 / y, the minimum of yᵀAy / 2 - sum log y, by Newton's method."""
+    m = len(matrix)
+    y = np.full(m, np.sqrt(m / max(matrix.sum(), 1.0)))  # The best multiple of ones.
+    best, smallest, idle = y, np.inf, 0
+    for _ in range(max_steps):
+        slopes = y * (matrix @ y) - 1.0
+        error = np.abs(slopes).max()
+        idle = 0 if error < 0.7 * smallest else idle + 1
+        if error < smallest:
+            best, smallest = y, error
+        if error < TOLERANCE or (idle >= PATIENCE and smallest < ROUGH_TOLERANCE):
+            return best
+        system = y[:, None] * matrix * y
+        hessian = system.copy()
+        hessian.flat[:: m + 1] += 1.0
+        step = -np.linalg.solve(hessian, slopes)  # Relative to y.
+        decrease = -(slopes @ step)
+        length = min(1.0, 0.9 / max(-step.min(), 0.9))
+        linear, square = system.sum(axis=0) @ step, 0.5 * (step @ system @ step)
+        # Near the minimum, where rounding hides progress, whole steps are known to converge.
+        while decrease > 0.1 and length > 1e-6:
+            change = length * linear + length**2 * square - np.log1p(length * step).sum()
+            if change <= -0.1 * length * decrease:
+                break
+            length *= 0.5
+        y = y * (1.0 + length * step)
+    return best
 
 
 def _newton(
@@ -109,7 +137,8 @@ def _newton(
         idle = 0 if residual < 0.7 * best_residual else idle + 1
         if residual < best_residual:
             best, best_residual = _Point(y, s), residual
-        if residual < tolerance or idle >= PATIENCE or not np.isfinite(residual):
+        stuck = idle >= PATIENCE and best_residual < ROUGH_TOLERANCE
+        if residual < tolerance or stuck or not np.isfinite(residual):
             break
         portion = np.clip(excess, -reach, reach)
         # (A + power diag(s / y)) dy = gap + s portion, scaled to a well-conditioned system.

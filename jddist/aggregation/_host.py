@@ -20,8 +20,8 @@ def to_host(gramian: Tensor) -> Array:
 
 
 def to_host_in_double(gramian: Tensor) -> Array:
-    """A writable copy [m, m] on the CPU in float64."""
-    return gramian.detach().to(device="cpu", dtype=torch.float64, copy=True).numpy()
+    """The same numbers in float64, on the CPU. They may be the Gramian's own: not to be written."""
+    return gramian.detach().to("cpu", torch.float64).numpy()
 
 
 def from_host(weights: Array, gramian: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def from_double(weights: Array, gramian: Tensor) -> Tensor:
     So the weights of a finite Gramian are finite.
     """
     bound = torch.finfo(gramian.dtype).max
-    return torch.from_numpy(np.clip(weights, -bound, bound)).to(gramian)
+    return torch.from_numpy(np.minimum(np.maximum(weights, -bound), bound)).to(gramian)
 
 
 def relative_rounding(gramian: Tensor) -> float:

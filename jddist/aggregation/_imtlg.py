@@ -10,7 +10,7 @@ from torch import Tensor
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import GramianWeightedAggregator
-from ._host import from_double, relative_rounding, to_host_in_double
+from ._host import Array, from_double, relative_rounding, to_host_in_double
 from ._weightings import GramianWeighting
 
 
@@ -22,20 +22,32 @@ class IMTLGWeighting(GramianWeighting):
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         matrix = to_host_in_double(gramian)
-        largest = np.abs(matrix).max(initial=0.0)
-        if largest == 0.0:
+        largest = matrix.diagonal().max(initial=0.0)
+        if largest <= 0.0:
             return gramian.new_zeros(gramian.shape[0])
-        matrix /= largest
         rounding = relative_rounding(gramian)
-        values, vectors = np.linalg.eigh(matrix)
-        kept = np.abs(values) > rounding * np.abs(values).max()
-        values, vectors = values[kept], vectors[:, kept]
-        lengths = np.sqrt(np.maximum(matrix.diagonal(), 0.0))
-        solution = vectors @ ((lengths @ vectors) / values)
+        solution = _solve(matrix / largest, rounding)
         total = solution.sum()
         if np.abs(total) <= rounding * np.abs(solution).sum():
             return gramian.new_zeros(gramian.shape[0])
         return from_double(solution / total, gramian)
+
+
+def _solve(gramian: Array, rounding: float) -> Array:
+    """The G⁺d, where d holds the lengths of the rows."""
+    lengths = np.sqrt(np.maximum(gramian.diagonal(), 0.0))
+    values, vectors = np.linalg.eigh(gramian)
+    magnitudes = np.abs(values)
+    kept = magnitudes > rounding * magnitudes.max()
+    if kept.all():
+        # G = D C D with d = D 1: far more precise than the eigenvalues if the rows' lengths differ.
+        try:
+            cosines = gramian / lengths[:, None] / lengths
+            return np.linalg.solve(cosines, np.ones_like(lengths)) / lengths
+        except np.linalg.LinAlgError:
+            pass
+    values, vectors = values[kept], vectors[:, kept]
+    return vectors @ ((lengths @ vectors) / values)
 
 
 class IMTLG(GramianWeightedAggregator):

@@ -9,7 +9,7 @@ from torch import Tensor
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import Forwarded, GramianWeightedAggregator
-from ._host import to_host_in_double
+from ._host import from_host, to_host
 from ._weightings import GramianWeighting
 
 
@@ -59,9 +59,9 @@ class KrumWeighting(GramianWeighting):
                 f"Krum with n_byzantine={self.n_byzantine} and n_selected={self.n_selected} needs "
                 f"at least n_byzantine + 3 and n_selected objectives. Found {m}."
             )
-        half_gramian = 0.5 * to_host_in_double(gramian)
+        half_gramian = 0.5 * to_host(gramian)
         half_squares = half_gramian.diagonal()
-        # Quarters of the squared distances: the same order, and no overflow.
+        # Quarters of the squared distances: the same order and rounding, and no overflow.
         squares = 0.5 * half_squares[:, None] + 0.5 * half_squares - half_gramian
         distances = np.sqrt(np.maximum(squares, 0.0))
         # Of each row's distances the smallest is its own, 0.
@@ -70,9 +70,9 @@ class KrumWeighting(GramianWeighting):
         scores = distances[:, : n_closest + 1].sum(axis=1)
         # Ties are the rule when m = n_byzantine + 3: topk breaks them as torchjd does.
         selected = torch.from_numpy(scores).topk(self.n_selected, largest=False).indices
-        weights = torch.zeros(m, dtype=torch.float64)
-        weights[selected] = 1.0 / self.n_selected
-        return weights.to(gramian)
+        weights = np.zeros(m)
+        weights[selected.numpy()] = 1.0 / self.n_selected
+        return from_host(weights, gramian)
 
 
 class Krum(GramianWeightedAggregator):

@@ -110,23 +110,18 @@ class NashMTLWeighting(GramianWeighting, Stateful):
         matrix = to_host_in_double(gramian)
         due = self._n_calls % self.update_weights_every == 0
         self._n_calls += 1
+        largest = float(np.abs(matrix).max())
+        if largest > 0.0:
+            matrix = matrix / largest  # So that nothing overflows.
         if due or len(self._weights) != m:
-            self._weights = self._bargain(matrix, relative_rounding(gramian))
-        return from_double(self._clip(self._weights, matrix), gramian)
-
-    def _bargain(self, matrix: Array, rounding: float) -> Array:
-        """The solution for the Gramian divided by its Frobenius norm."""
-        largest = np.abs(matrix).max()
-        if largest == 0.0:
-            return np.zeros(len(matrix))
-        scale = np.linalg.norm(matrix / largest) * largest
-        return np.sqrt(scale) * balance(matrix, 1.0, rounding, self.optim_niter)
-
-    def _clip(self, weights: Array, matrix: Array) -> Array:
-        norm = float(np.sqrt(np.maximum(weights @ matrix @ weights, 0.0)))
+            # The solution for a Gramian of Frobenius norm 1.
+            solution = balance(matrix, 1.0, relative_rounding(gramian), self.optim_niter)
+            self._weights = np.sqrt(np.linalg.norm(matrix)) * solution
+        weights = self._weights
+        norm = float(np.sqrt(largest) * np.sqrt(np.maximum(weights @ matrix @ weights, 0.0)))
         if 0.0 < self.max_norm < norm:
-            return weights * (self.max_norm / norm)
-        return weights
+            weights = weights * (self.max_norm / norm)
+        return from_double(weights, gramian)
 
 
 def _positive(name: str, value: int) -> int:

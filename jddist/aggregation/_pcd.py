@@ -106,11 +106,11 @@ class PCDWeighting(GramianWeighting, Stateful):
         matrix = to_host_in_double(gramian)
         if not np.isfinite(matrix).all():
             return gramian.new_full([m], torch.nan)  # Without harm to the moving average.
-        squares = matrix.diagonal().copy()
-        scales = self._update(squares)
-        if squares[0] <= 0.0:
-            return gramian.new_zeros(m)
+        squares = matrix.diagonal()
         with np.errstate(all="ignore"):
+            scales = self._update(squares)
+            if squares[0] <= 0.0:
+                return gramian.new_zeros(m)
             scaled = matrix * scales[:, None] * scales
             weights = self._combine(scaled, shares, 10.0 * torch.finfo(gramian.dtype).eps)
             weights *= scales * np.sqrt(squares[0])

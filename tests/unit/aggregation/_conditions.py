@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import quadprog
 import torch
 from torch import Tensor
 
 from tests.unit.aggregation._parity import Call
-from tests.unit.linalg.test_dual_cone import one_by_one
 
 Condition = Callable[[Call], float]
 
@@ -67,8 +67,8 @@ def equal_angles(preference: Tensor | None) -> Condition:
         units = _units(call.matrix)
         cosines = torch.ones(len(units)).double() if preference is None else preference.double()
         U, S, Vh = torch.linalg.svd(units, full_matrices=False)
-        candidates = []
-        for rank in range(1, len(S) + 1):
+        candidates = [] if S[0] > 0.0 else [torch.zeros_like(Vh[0])]
+        for rank in range(1, int((S > 0.0).sum()) + 1):
             components = U[:, :rank].T @ cosines
             # No direction if the preference is orthogonal to all that the rows can reach.
             if components.norm() <= torch.finfo(call.dtype).eps * len(U) * cosines.norm():
@@ -102,46 +102,52 @@ def closest_rows(n_byzantine: int, n_selected: int) -> Condition:
 
 
 def fair(alpha: float) -> Condition:
-    """FairGrad: (G x)^alpha = 1 / x on rows that are not 0, or the rows add up to 0.
+    """FairGrad: (G x)^alpha = 1 / x on rows that are not 0.
 
-    With positive weights x that nearly cancel, the point is Pareto stationary: no x solves it.
+    Where no x solves that (Pareto stationary points): positive weights whose rows cancel, which
+    proves that none does.
     """
 
     def error(call: Call) -> float:
         assert call.weights is not None
-        moving = call.gramian.diagonal() > 0.0
-        weights = call.weights[moving]
-        if not moving.any():
-            return 0.0
-        if not (weights > 0.0).all():
-            return torch.inf
-        gains = call.gramian[moving] @ call.weights
-        imbalance = float((gains.clamp(min=0.0) * weights ** (1.0 / alpha) - 1.0).abs().max())
-        return min(imbalance, _cancellation(call))
+        gains = (call.gramian @ call.weights).clamp(min=0.0)
+        return _unless_stationary(call, gains * call.weights ** (1.0 / alpha))
 
     return error
 
 
-def bargained(call: Call) -> float:
-    """NashMTL: G a = 1 / a up to the factor by which a was clipped, on rows that are not 0."""
+def bargained(max_norm: float) -> Condition:
+    """NashMTL: G a = 1 / a on rows that are not 0, with G of Frobenius norm 1, before clipping.
+
+    Where no a solves that, the same as for `fair`.
+    """
+
+    def error(call: Call) -> float:
+        assert call.weights is not None
+        products = call.weights * (call.gramian @ call.weights) / call.gramian.norm()
+        length = float((call.weights @ call.matrix).norm())
+        moving = call.gramian.diagonal() > 0.0
+        factor = float(products[moving].mean()) if moving.any() else 1.0
+        clipped = 0.0 < factor < 1.0 and abs(length / max_norm - 1.0) < 1e-5
+        return _unless_stationary(call, products / factor if clipped else products)
+
+    return error
+
+
+def _unless_stationary(call: Call, products: Tensor) -> float:
+    """The products' distance from 1 on rows that are not 0, or how well the rows cancel."""
     assert call.weights is not None
-    products = call.weights * (call.gramian @ call.weights)
-    products = products[call.gramian.diagonal() > 0.0]
-    if len(products) == 0:
+    moving = call.gramian.diagonal() > 0.0
+    if not moving.any():
         return 0.0
-    if not (products > 0.0).all():
-        return _cancellation(call)
-    return min(float((products / products.mean() - 1.0).abs().max()), _cancellation(call))
-
-
-def _cancellation(call: Call) -> float:
-    """How long a combination with positive weights is, relative to the sum of its terms."""
-    assert call.weights is not None
-    if not (call.weights >= 0.0).all():
+    if not (call.weights[moving] > 0.0).all():
         return torch.inf
+    imbalance = float((products[moving] - 1.0).abs().max())
+    if not call.ours:
+        return imbalance
     terms = (call.weights * call.matrix.norm(dim=1)).sum()
-    # The result is as short as sqrt(floor) at a Pareto stationary point: count its square.
-    return float((call.weights @ call.matrix).norm() / terms) ** 2
+    # Weights are about f^(-1/2) where eigenvalues are lifted to f, and so short is the result.
+    return min(imbalance, float((call.weights @ call.matrix).norm() / terms) ** 2)
 
 
 def conflict_averse(c: float, norm_eps: float) -> Condition:
@@ -174,9 +180,7 @@ def conflict_averse(c: float, norm_eps: float) -> Condition:
 
 
 def _shortest(rows: Tensor) -> float:
-    """The length of the shortest convex combination, by quadprog on a hardly altered Gramian."""
-    import quadprog
-
+    """The length of the shortest convex combination, on a barely regularized Gramian."""
     m = len(rows)
     gramian = (rows @ rows.T + 1e-14 * torch.eye(m)).double().numpy()
     constraints = torch.cat([torch.ones(m, 1), torch.eye(m)], dim=1).double().numpy()
@@ -185,13 +189,53 @@ def _shortest(rows: Tensor) -> float:
     return float((torch.from_numpy(weights) @ rows).norm())
 
 
-__all__ = [
-    "aligned",
-    "bargained",
-    "closest_rows",
-    "conflict_averse",
-    "equal_angles",
-    "equal_projections",
-    "fair",
-    "one_by_one",
-]
+def prioritized(tau: float, eps: float) -> Condition:
+    """PCD: the nearest direction to the primary one that keeps all promises, for a constant J.
+
+    All the weights are 0 where that direction is 0, and those of secondary objectives where the
+    promises contradict each other.
+    """
+
+    def error(call: Call) -> float:
+        assert call.weights is not None
+        lengths = call.matrix.norm(dim=1)
+        scales = (lengths**2 + eps).rsqrt()
+        rows = torch.nan_to_num(call.matrix * scales[:, None], 0.0)
+        if len(rows) == 1 or not lengths[0] > 0.0:
+            return _relative(call.vector.double(), call.matrix[0])
+        promises = tau * rows[1:].norm(dim=1) ** 2
+        if (call.weights == 0.0).all():
+            return float(_nearest_direction(rows, promises)[0].norm())
+        coefficients = call.weights / scales / (call.weights[0] / scales[0])
+        direction = coefficients @ rows
+        surplus = rows[1:] @ direction - promises
+        if (coefficients[1:] == 0.0).all() and (surplus < 0.0).any():
+            # Contradictory, or so nearly that the least correction is huge.
+            return float(1.0 / _nearest_direction(rows, promises)[1].max())
+        errors = [
+            (-surplus).max(),
+            (-coefficients).max(),
+            (surplus * coefficients[1:]).abs().max() / coefficients.max(),
+            (call.vector.norm() / lengths[0] - 1.0).abs(),
+        ]
+        return float(torch.stack([e.double() for e in errors]).max())
+
+    return error
+
+
+def _nearest_direction(rows: Tensor, promises: Tensor) -> tuple[Tensor, Tensor]:
+    """The d nearest to the first row whose products with the others are as promised.
+
+    Returns:
+        d [n] and the multipliers [m - 1], which are infinite if there is no such d.
+    """
+    try:
+        solution = quadprog.solve_qp(
+            torch.eye(rows.shape[1]).double().numpy(),
+            rows[0].numpy(),
+            rows[1:].T.contiguous().numpy(),
+            promises.numpy(),
+        )
+    except ValueError:
+        return rows[0], torch.full_like(promises, torch.inf)
+    return torch.from_numpy(solution[0]), torch.from_numpy(solution[4])
