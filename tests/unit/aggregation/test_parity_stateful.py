@@ -131,12 +131,12 @@ def test_aggregators(name: str, dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize("name", TWO_BATCHES)
 def test_weightings_of_two_batches(name: str, dtype: torch.dtype) -> None:
-    # Each of SDMGrad's up to 20 steps, of size 10, multiplies an error until the projection stops it.
+    # Each of SDMGrad's 20 steps, of size 10, multiplies an error until the projection stops it.
     amplification = 100.0 if name.startswith("SDMGrad") else 1.0
     compared, excluded = _compare(TWO_BATCHES[name], _weighs, dtype, amplification=amplification)
     assert compared + len(excluded) == 84
-    # Rounding counts for more where products of size 100 move the weights; what holds in the excluded
-    # cells as well is asserted in test_properties_stateful.
+    # Rounding counts for more where products of size 100 move the weights; what holds in the
+    # excluded cells as well is asserted in test_properties_stateful.
     assert len(excluded) <= (12 if dtype == torch.float32 else 1)
 
 
