@@ -72,6 +72,8 @@ def _saving(rank: int, world_size: int, directory: str) -> dict[str, Any]:
     run.steps(BEFORE)
     run.save(directory)
     state = run.state()
+    if world_size == 1:
+        torch.save(state, directory + ".pt")
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -103,6 +105,14 @@ def _loading(rank: int, world_size: int, directory: str) -> dict[str, Tensor]:
     return run.steps(AFTER)
 
 
+def _loading_whole(rank: int, world_size: int, file: str) -> dict[str, Tensor]:
+    """From a file of one process, without a checkpoint library: each rank takes its columns."""
+    run = _Run(rank, world_size)
+    for name, state in torch.load(file, weights_only=True).items():
+        run.aggregators[name].load_state_dict(state)
+    return run.steps(AFTER)
+
+
 def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert sorted(found) == sorted(STATEFUL)
     for name, vectors in found.items():
@@ -130,3 +140,5 @@ def test_checkpoints_serve_any_number_of_ranks(tmp_path: Path) -> None:
     for world_size, directory in ((3, alone), (1, three), (2, three)):
         for found in run_ranks(_loading, world_size, directory):
             _assert_same(found, expected)
+    for found in run_ranks(_loading_whole, 2, alone + ".pt"):
+        _assert_same(found, expected)
