@@ -19,6 +19,7 @@ def project(point: Tensor) -> Tensor:
     """
     if point.numel() == 0:
         return point
+    point = point - point.max()  # Only what is within 1 of the maximum counts: nothing cancels.
     ordered = point.sort(descending=True).values
     counts = torch.arange(1, len(point) + 1, dtype=point.dtype, device=point.device)
     shifts = (ordered.cumsum(dim=0) - 1.0) / counts

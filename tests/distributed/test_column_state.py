@@ -22,7 +22,7 @@ from tests.distributed._training import local_part, wrap
 from tests.distributed.test_shards import UNEVEN, Rows, jacobian_of, set_jacs, state_losses
 
 STATEFUL = [name for name, m in METHODS.items() if m.make().state_dict()]
-BEFORE, AFTER = range(3), range(3, 6)
+BEFORE, AFTER = range(2), range(2, 4)
 LIMIT = 1e-10  # As in test_shards: another order of sums.
 
 
@@ -72,6 +72,8 @@ def _saving(rank: int, world_size: int, directory: str) -> dict[str, Any]:
     run.steps(BEFORE)
     run.save(directory)
     state = run.state()
+    if world_size == 1:
+        torch.save(state, directory + ".pt")
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -103,6 +105,14 @@ def _loading(rank: int, world_size: int, directory: str) -> dict[str, Tensor]:
     return run.steps(AFTER)
 
 
+def _loading_whole(rank: int, world_size: int, file: str) -> dict[str, Tensor]:
+    """From a file of one process, without a checkpoint library: each rank takes its columns."""
+    run = _Run(rank, world_size)
+    for name, state in torch.load(file, weights_only=True).items():
+        run.aggregators[name].load_state_dict(state)
+    return run.steps(AFTER)
+
+
 def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert sorted(found) == sorted(STATEFUL)
     for name, vectors in found.items():
@@ -127,6 +137,8 @@ def test_checkpoints_serve_any_number_of_ranks(tmp_path: Path) -> None:
         assert found["replicated"].keys() == ranks[0]["replicated"].keys()
         for name, tensor in found["replicated"].items():
             assert torch.equal(tensor, ranks[0]["replicated"][name]), name
-    for world_size, directory in ((3, alone), (1, three), (2, three), (4, three)):
+    for world_size, directory in ((3, alone), (1, three), (2, three)):
         for found in run_ranks(_loading, world_size, directory):
             _assert_same(found, expected)
+    for found in run_ranks(_loading_whole, 2, alone + ".pt"):
+        _assert_same(found, expected)

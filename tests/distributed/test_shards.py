@@ -13,8 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from jddist import attach
-from jddist.aggregation import Aggregator, WeightedAggregator, _graddrop
+from jddist.aggregation import (
+    Aggregator,
+    MoDoWeighting,
+    SDMGradWeighting,
+    WeightedAggregator,
+    _graddrop,
+)
 from jddist.aggregation._losses import NeedsLosses
+from jddist.autogram import Engine
 from jddist.autojac import jac_to_grad_groups
 from jddist.distribution.columns import RankColumns
 from tests._ranks import run_ranks
@@ -36,7 +43,7 @@ PLACEMENTS: dict[str, Placement] = {
     "sum": Partial("sum"),
     "average": Partial("avg"),
 }
-# One method of each kind takes all placements, the others columns alone.
+# One method of each kind takes all placements and widths, the others empty shards alone.
 EVERYWHERE = ("UPGrad", "ExcessMTL", "GradDrop", "Mean")
 # The sums over columns run in another order: some roundings of G, which the best conditioned of the
 # methods pass on and the worst, on these matrices of full rank, multiply by less than 1e4.
@@ -110,7 +117,7 @@ def _dtensors(rank: int, world_size: int) -> dict[str, Any]:
     for name, method in METHODS.items():
         torch.manual_seed(0)
         fresh = method.make()
-        for n in (UNEVEN, EMPTY[world_size]):
+        for n in (EMPTY[world_size], UNEVEN) if name in EVERYWHERE else (EMPTY[world_size],):
             expected, position = whole(deepcopy(fresh), n)
             for place in PLACEMENTS if name in EVERYWHERE else ("columns",):
                 placement = PLACEMENTS[place]
@@ -184,9 +191,29 @@ def _autojac(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
+def _two_batches(rank: int, world_size: int) -> dict[str, list[Tensor]]:
+    """Weights from the products of two Jacobians whose columns are spread over the ranks."""
+    engine = Engine(wrap(nn.Linear(1, 1).double()), batch_dim=0)
+    found = {}
+    for weighting in (MoDoWeighting(), SDMGradWeighting()):
+        weights = []
+        for call in range(CALLS):
+            first, second = (
+                _as_dtensor(jacobian_of(UNEVEN, call + k), Shard(1), rank, world_size)
+                for k in range(2)
+            )
+            products = (first @ second.T).full_tensor()
+            weights.append(engine.compute_weights(products, weighting))
+        found[type(weighting).__name__] = [*weights, *weighting.get_extra_state().values()]
+    return found
+
+
 def _everything(rank: int, world_size: int) -> dict[str, Any]:
-    found = {"autojac": _autojac(rank, world_size)}
-    return found if world_size == 1 else {"dtensors": _dtensors(rank, world_size), **found}
+    found: dict[str, Any] = {"autojac": _autojac(rank, world_size)}
+    if world_size > 1:
+        found["dtensors"] = _dtensors(rank, world_size)
+        found["two batches"] = _two_batches(rank, world_size)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +230,8 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
 
 def test_a_dtensor_gives_the_result_of_the_whole(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
-        cases = len(METHODS) + len(EVERYWHERE) * (len(PLACEMENTS) - 1)
-        assert len(found["dtensors"]) == 2 * cases
+        others = len(METHODS) - len(EVERYWHERE)
+        assert len(found["dtensors"]) == others + 2 * len(EVERYWHERE) * len(PLACEMENTS)
         errors = {name: case["error"] for name, case in found["dtensors"].items()}
         assert {name: e for name, e in errors.items() if not e <= LIMIT} == {}
 
@@ -280,6 +307,21 @@ def test_jac_to_grad_uses_the_same_bits_on_all_ranks(ranks: list[dict[str, Any]]
         assert len(other["weights"]) == len(first["weights"]) > CALLS * len(METHODS) / 2
         pairs = zip(other["weights"], first["weights"], strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_weights_of_two_batches(ranks: list[dict[str, Any]]) -> None:
+    jacobians = [jacobian_of(UNEVEN, call) for call in range(CALLS + 1)]
+    for weighting in (MoDoWeighting(), SDMGradWeighting()):
+        expected = [weighting(a @ b.T) for a, b in zip(jacobians, jacobians[1:], strict=False)]
+        expected += weighting.get_extra_state().values()
+        for found in ranks:
+            weights = found["two batches"][type(weighting).__name__]
+            # The state of rank 0 is on every rank, and the weights are its bits.
+            first = ranks[0]["two batches"][type(weighting).__name__]
+            assert all(torch.equal(a, b) for a, b in zip(weights, first, strict=True))
+            # SDMGrad multiplies a rounding of the products by 1e2 or so.
+            pairs = zip(weights, expected, strict=True)
+            assert max(float((a - b).abs().max()) for a, b in pairs) <= LIMIT
 
 
 def test_one_process_is_the_methods_themselves(one_process: dict[str, Any]) -> None:

@@ -17,13 +17,16 @@ from jddist.aggregation import (
     Aggregator,
     Constant,
     DualProj,
+    ExcessMTL,
     GradVac,
     GramianWeightedAggregator,
     Mean,
+    MoCo,
     PCGrad,
     Random,
     RandomWeighting,
     Sum,
+    TrimmedMean,
     UPGrad,
 )
 from jddist.aggregation._columns import Columns, WholeColumns, acting_on, current_columns
@@ -100,6 +103,9 @@ AGGREGATORS = [
     Constant(torch.arange(4.0)),
     Random(),
     GramianWeightedAggregator(RandomWeighting()),
+    TrimmedMean(1),
+    ExcessMTL(),
+    MoCo(),
 ]
 
 
