@@ -1,7 +1,8 @@
-"""Runs weightings on rank 0 alone and makes every rank leave with the same results and state.
+"""Runs weightings on rank 0 and makes every rank leave with the same results and state.
 
-What follows the weights: an exception with its message, the state of stateful weightings, and
-torch's default random state, so that ranks that were seeded alike stay alike.
+Weightings that deal out their work run on every rank; the weights are rank 0's all the same. What
+follows the weights: an exception with its message, the state of stateful weightings, and torch's
+default random state, so that ranks that were seeded alike stay alike.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from jddist._stateful import Stateful
 from jddist.errors import RankError
+from jddist.linalg._dealing import is_dealt
 
 from .collectives import Group
+from .dealt import run_dealt
 
 _OK, _FAILED = 0.0, 1.0
 
@@ -41,7 +44,8 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
 
     Args:
         group: The ranks; all of them have to call, with jobs of the same shapes.
-        jobs: What to run; on the other ranks the weightings are not called.
+        jobs: What to run; on the other ranks the weightings are not called, unless they deal out
+            their work.
 
     Returns:
         Weights in the statistics' dtype (at least float32), bit-identical on all ranks.
@@ -57,9 +61,10 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
     # Weights travel as float64, to which every narrower dtype converts without loss.
     buffer = torch.zeros(2 + sum(counts), dtype=torch.float64, device=device)
     payload, failure = b"", None
+    dealt = [_run_dealt(group, job) for job in jobs]
     if group.rank == 0:
         try:
-            weights, payload = _run(jobs, device)
+            weights, payload = _run(jobs, dealt, device)
             buffer[2:] = weights
         except Exception as error:  # it is raised again on every rank, below
             failure = error
@@ -90,10 +95,22 @@ def _checked(job: Job, weights: Tensor) -> Tensor:
     return weights
 
 
-def _run(jobs: Sequence[Job], device: torch.device) -> tuple[Tensor, bytes]:
+def _run_dealt(group: Group, job: Job) -> Tensor | None:
+    """The weights of a job whose work is dealt out, else None."""
+    if not is_dealt(job.weighting, job.shape.numel()):
+        return None
+    return run_dealt(group, job.weighting, job.statistic, job.shape)
+
+
+def _run(
+    jobs: Sequence[Job], known: Sequence[Tensor | None], device: torch.device
+) -> tuple[Tensor, bytes]:
     """All weights in one float64 vector, and what has to follow them, serialised."""
     before = _random_states(device)
-    results = [_checked(job, job.weighting(job.statistic)).detach() for job in jobs]
+    results = [
+        _checked(job, job.weighting(job.statistic)).detach() if weights is None else weights
+        for job, weights in zip(jobs, known, strict=True)
+    ]
     follow: dict[str, Any] = {
         "states": [_state(job.weighting) for job in jobs],
         "random": {

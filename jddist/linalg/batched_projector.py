@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ._complementarity import certificate, guess, polish, unit_diagonal
+from ._dealing import current_dealer
 from .dual_cone import (
     NOT_FINITE,
     NOT_POSITIVE_DEFINITE,
     QuadprogProjector,
     RegularizedProjector,
+    Unsolvable,
     solve_one_by_one,
 )
 
@@ -41,6 +43,8 @@ class BatchedProjector(RegularizedProjector):
         warm_start: Whether to start from the last call's solutions if the shapes are the same. This
             changes results by rounding alone (1e-12 at most of the largest weight), and keeps
             [k, m] numbers in memory.
+        deal_from: The number of vectors from which, on several ranks, every rank solves its share
+            of the problems and all solutions are gathered. None: rank 0 always solves them all.
 
     Attributes:
         below_norm_eps: Number of calls whose G had a positive trace below `norm_eps`.
@@ -48,18 +52,27 @@ class BatchedProjector(RegularizedProjector):
     """
 
     def __init__(
-        self, *, norm_eps: float = 1e-4, reg_eps: float = 1e-4, warm_start: bool = True
+        self,
+        *,
+        norm_eps: float = 1e-4,
+        reg_eps: float = 1e-4,
+        warm_start: bool = True,
+        deal_from: int | None = 1024,
     ) -> None:
         super().__init__(norm_eps=norm_eps, reg_eps=reg_eps)
         self.warm_start = warm_start
+        self.deal_from = deal_from
         self.fallbacks = 0
         self._last: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(norm_eps={self.norm_eps}, reg_eps={self.reg_eps}, "
-            f"warm_start={self.warm_start})"
+            f"warm_start={self.warm_start}, deal_from={self.deal_from})"
         )
+
+    def deals(self, k: int, m: int) -> bool:
+        return self.deal_from is not None and k >= self.deal_from
 
     @property
     def warm_start(self) -> bool:
@@ -72,11 +85,18 @@ class BatchedProjector(RegularizedProjector):
         self._last = None
 
     def _solve(self, vectors: Tensor, gramian: Tensor) -> Tensor:
+        dealer, (k, m) = current_dealer(), vectors.shape
+        if dealer is None or not self.deals(k, m):
+            return self._solve_here(vectors, gramian)
+        mine = vectors[dealer.rows_of(dealer.share, k)]
+        return dealer.collect(self._solve_here(mine, gramian), k)
+
+    def _solve_here(self, vectors: Tensor, gramian: Tensor) -> Tensor:
         slopes = vectors @ gramian
         if not torch.isfinite(slopes).all():
-            raise ValueError(NOT_FINITE)
+            raise Unsolvable(NOT_FINITE)
         if torch.linalg.cholesky_ex(gramian).info != 0:
-            raise ValueError(NOT_POSITIVE_DEFINITE)
+            raise Unsolvable(NOT_POSITIVE_DEFINITE)
         solutions = vectors.clone()
         # Where Gu >= 0 the constraints are all active and u solves its own problem.
         open_ = (slopes < 0.0).any(dim=1)
@@ -128,6 +148,9 @@ class AutomaticProjector(QuadprogProjector):
     def fallbacks(self) -> int:
         """Number of problems that the batched solver left to quadprog."""
         return self._batched.fallbacks
+
+    def deals(self, k: int, m: int) -> bool:
+        return _is_worthwhile(k, m) and self._batched.deals(k, m)
 
     def _solve(self, vectors: Tensor, gramian: Tensor) -> Tensor:
         if _is_worthwhile(vectors.shape[0], gramian.shape[0]):

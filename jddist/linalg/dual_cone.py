@@ -20,6 +20,10 @@ NOT_POSITIVE_DEFINITE = "the regularized Gramian is not positive definite"
 _Array: TypeAlias = npt.NDArray[np.float64]
 
 
+class Unsolvable(ValueError):
+    """Why a projector cannot solve its problems; its caller sees a ValueError that says more."""
+
+
 class DualConeProjector(ABC):
     """Projects combinations of the rows of J onto their dual cone {x : J x >= 0}.
 
@@ -42,6 +46,10 @@ class DualConeProjector(ABC):
         Raises:
             ValueError: U and G disagree about m, or a problem could not be solved.
         """
+
+    def deals(self, k: int, m: int) -> bool:
+        """Whether k problems of m objectives are dealt out over ranks, where there are several."""
+        return False
 
 
 def check_shapes(U: Tensor, G: Tensor) -> None:
@@ -109,7 +117,7 @@ class RegularizedProjector(DualConeProjector):
         vectors = U.detach().to(matrix).reshape(-1, m)
         try:
             solutions = self._solve(vectors, matrix)
-        except ValueError as error:
+        except Unsolvable as error:
             raise ValueError(
                 f"{type(self).__name__} could not project onto the dual cone of {m} objectives, "
                 f"whose Gramian has the trace {trace:.6g}: {error}. If the Gramian is finite, give "
@@ -127,7 +135,7 @@ class RegularizedProjector(DualConeProjector):
             gramian: G [m, m] normalized and regularized, in float64.
 
         Raises:
-            ValueError: Something is not finite, or G is not positive definite.
+            Unsolvable: Something is not finite, or G is not positive definite.
         """
 
     def _device(self, U: Tensor, G: Tensor) -> torch.device:
@@ -171,11 +179,11 @@ def solve_one_by_one(gramian: _Array, vectors: _Array) -> _Array:
     """Minimizes vᵀGv subject to v >= u for each row u of `vectors` [k, m].
 
     Raises:
-        ValueError: Something is not finite, or G is not positive definite.
+        Unsolvable: Something is not finite, or G is not positive definite.
     """
     slopes = vectors @ gramian
     if not np.isfinite(slopes).all():
-        raise ValueError(NOT_FINITE)
+        raise Unsolvable(NOT_FINITE)
     linear, constraints = np.zeros(len(gramian)), np.eye(len(gramian))
     solutions = vectors.copy()
     # Where Gu >= 0 the constraints are all active and u solves its own problem.
@@ -186,7 +194,7 @@ def solve_one_by_one(gramian: _Array, vectors: _Array) -> _Array:
         try:
             found = quadprog.solve_qp(matrix, linear, constraints, vectors[k], 0, factored)
         except ValueError as error:
-            raise ValueError(f"{NOT_POSITIVE_DEFINITE} ({error})") from error
+            raise Unsolvable(f"{NOT_POSITIVE_DEFINITE} ({error})") from error
         solutions[k] = found[0]
     return solutions
 
@@ -196,7 +204,7 @@ def _inverse_root(gramian: _Array) -> _Array:
     try:
         factor = np.linalg.cholesky(gramian)
     except np.linalg.LinAlgError:
-        raise ValueError(NOT_POSITIVE_DEFINITE) from None
+        raise Unsolvable(NOT_POSITIVE_DEFINITE) from None
     return np.ascontiguousarray(np.linalg.inv(factor).T)
 
 

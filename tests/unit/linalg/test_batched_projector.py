@@ -227,7 +227,9 @@ def test_inputs_stay_as_they_are() -> None:
 
 def test_repr_copies_and_pickles() -> None:
     projector = BatchedProjector(norm_eps=0.1, warm_start=False)
-    assert repr(projector) == "BatchedProjector(norm_eps=0.1, reg_eps=0.0001, warm_start=False)"
+    assert repr(projector) == (
+        "BatchedProjector(norm_eps=0.1, reg_eps=0.0001, warm_start=False, deal_from=1024)"
+    )
     projector = BatchedProjector()
     gramian, u = make_gramian("conflicting", 30), torch.eye(30, dtype=torch.float64)
     expected = projector(u, gramian)
