@@ -10,12 +10,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from jddist.aggregation import (
+    IMTLG,
     MGDA,
+    PCD,
     Aggregator,
+    AlignedMTL,
+    ConFIG,
     Constant,
     ConstantWeighting,
     DualProj,
     DualProjWeighting,
+    FairGrad,
     GradVac,
     GradVacWeighting,
     Mean,
@@ -166,7 +171,21 @@ def test_finite_on_finite_gramians(
             assert weights.isfinite().all()
 
 
-AGGREGATORS = [MGDA(), PCGrad(), GradVac(), Mean(), Sum(), Random(), UPGrad(), DualProj()]
+AGGREGATORS = [
+    AlignedMTL(),
+    ConFIG(),
+    FairGrad(0.0),
+    IMTLG(),
+    PCD(),
+    MGDA(),
+    PCGrad(),
+    GradVac(),
+    Mean(),
+    Sum(),
+    Random(),
+    UPGrad(),
+    DualProj(),
+]
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS, ids=str)
