@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     "ExcessMTL": Method(ExcessMTL, "vector", follows=True),
     "ExcessMTL, warm": Method(lambda: ExcessMTL(0.1, 1), "vector", follows=True),
     "GradDrop": Method(GradDrop, "nothing", 0),
-    "GradDrop, leaking": Method(lambda: GradDrop(leak=torch.rand(M)), "nothing", 0),
+    "GradDrop, leaking": Method(lambda: GradDrop(leak=torch.linspace(0.0, 1.0, M)), "nothing", 0),
     "GradNorm": Method(GradNorm, follows=True),
     "GradVac": Method(GradVac, follows=True),
     "MGDA": Method(MGDA),
