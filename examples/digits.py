@@ -91,6 +91,16 @@ def start_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def leave_ranks() -> None:
+    """Ends the group that `start_ranks` began, if any."""
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    # A gloo thread that lets go of the last collective's tensors only while Python shuts down
+    # aborts the process (github.com/pytorch/pytorch/pull/179291): give it the time to do so before.
+    time.sleep(0.2)
+
+
 def load_data(device: torch.device) -> Data:
     digits = load_digits()
     order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
@@ -241,8 +251,7 @@ def main() -> None:
     try:
         run(args, load_data(ranks.device), ranks)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_ranks()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ class UPGradWeighting(ProjectedWeighting):
 
     Args:
         pref_vector: Preference vector of shape [m]; None means 1/m each.
-        projector: Solves the m projections; None means `QuadprogProjector()`.
+        projector: Solves the m projections; None means `AutomaticProjector()`.
     """
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
@@ -32,7 +32,7 @@ class UPGrad(ProjectedAggregator):
     Args:
         pref_vector: Preference vector of shape [m] that combines the projected rows; None means
             1/m each.
-        projector: Solves the m projections; None means `QuadprogProjector()`.
+        projector: Solves the m projections; None means `AutomaticProjector()`.
 
     Raises:
         ValueError: The preference vector is not a vector, or at call time its length is not m.

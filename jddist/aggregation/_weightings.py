@@ -48,7 +48,9 @@ class Weighting(nn.Module, ABC, Generic[_Stat_contra]):
         Returns:
             Weights of shape [m].
         """
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+        if self.differentiable or not torch.is_grad_enabled():
+            return super().__call__(stat)
+        with torch.no_grad():
             return super().__call__(stat)
 
     def __lshift__(self, function: Callable[[_Input], _Stat_contra]) -> Weighting[_Input]:

@@ -27,6 +27,7 @@ from jddist.errors import UnsupportedModelError
 from . import global_pass
 from .capture import Capture, paused
 from .global_pass import GlobalLayout
+from .joint import JointOutput
 from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
@@ -98,6 +99,8 @@ class Engine:
             [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
         )
         self._local_pass = LocalPass(self._table, batch_dim is not None)
+        # Two batches have no batch dimension in common: one backward pass per objective.
+        self._joint_pass = LocalPass(self._table, batched=False)
         self._layout: GlobalLayout | None = None
         self._dtype = torch.float32
         self._skip = False
@@ -144,6 +147,42 @@ class Engine:
             self._skip = True
         values = parts.values.to(torch.promote_types(output.dtype, torch.float32))
         return layout.whole.generalized(values)
+
+    def cross_gramian(
+        self,
+        first: Tensor,
+        second: Tensor,
+        /,
+        *,
+        counts: tuple[Count, Count] | None = None,
+    ) -> Tensor:
+        """The matrix J1 J2ᵀ of two batches' objectives, as MoDo and SDMGrad need it.
+
+        Both batches have to go through the model before this call. It takes one backward pass per
+        objective, with or without a ``batch_dim``. The weights that it leads to belong to a step of
+        its own: ``engine.backward(losses, weights)``.
+
+        Args:
+            first: This rank's objectives of the first batch, with their graph (which is kept).
+            second: The same for the second batch. There may be another number of samples.
+            counts: For each of the two, what ``compute_gramian`` calls ``count``.
+
+        Returns:
+            The global matrix [m1, m2], the same on every rank; for outputs [m1, k1] and [m2, k2]
+            the tensor [m1, k1, k2, m2], and so on.
+
+        Raises:
+            The errors of ``compute_gramian``; NonFiniteObjectiveError also if ``nonfinite="skip"``.
+        """
+        layout, blocks, infos = self._prepare("Engine.cross_gramian", (first, second), counts)
+        joint = JointOutput.of(first, second, self._batch_dim)
+        parts = global_pass.gramian(self._distribution, layout, blocks, joint.output, self._table)
+        self._layout = None
+        if not parts.finite:
+            raise global_pass.nonfinite_error(layout, parts)
+        values = parts.values.to(torch.promote_types(joint.output.dtype, torch.float32))
+        sizes = [info["both"] for info in infos] if layout.sharded else None
+        return joint.cross(values, sizes)
 
     def compute_weights(self, gramian: Tensor, weighting: Weigher) -> Tensor:
         """Weights of all objectives: one run of ``weighting`` on rank 0, the same on every rank.
@@ -254,44 +293,72 @@ class Engine:
             weights: Weights that are given already: then no rows are needed, and only the layout
                 is agreed on.
         """
+        layout, blocks, _ = self._prepare(call, (output,), (count,), weights)
+        return layout, blocks
+
+    def _prepare(
+        self,
+        call: str,
+        outputs: tuple[Tensor] | tuple[Tensor, Tensor],
+        counts: tuple[Count | None, ...] | None,
+        weights: Tensor | None = None,
+    ) -> tuple[GlobalLayout, Blocks, list[dict[str, Any]]]:
+        """``prepare`` for one output or for two, and what every rank told."""
         error: Exception | None = None
         blocks: Blocks = []
         agree: dict[str, Any] = {}
         info: dict[str, Any] = {}
         try:
-            layout = OutputLayout.of(output, self._batch_dim)
-            sharded = is_sharded(self._placement)
-            if sharded and output.ndim == 0 and self._distribution.group.size > 1:
-                raise ValueError(
-                    "Found a scalar output with objectives=Shard(0); expected a dimension along "
-                    "which the ranks' objectives are concatenated."
-                )
-            if not output.requires_grad:
-                raise ValueError(
-                    "Found an output that does not require a gradient; expected objectives with a "
-                    "graph. A rank without samples passes losses[:0] of any dummy sample."
-                )
+            layouts = [OutputLayout.of(output, self._batch_dim) for output in outputs]
+            for output in outputs:
+                self._check_output(output)
             self._check_modules()
-            counts = checked_count(count, layout.num_rows, self._placement)
-            if counts is not None:
-                counts = layout.rows_of(torch.tensor(counts).view(layout.shape)).tolist()
+            known = [
+                self._rows_of_count(count, layout)
+                for count, layout in zip(counts or (None,) * len(outputs), layouts, strict=True)
+            ]
+            count = None if None in known else [c for rows in known for c in rows or ()]
+            local_pass, output, layout = self._local_pass, outputs[0], layouts[0]
+            if len(outputs) == 2:
+                local_pass = self._joint_pass
+                output = JointOutput.of(*outputs, self._batch_dim).output
+                layout = OutputLayout.of(output, None)
             agree = global_pass.must_agree(
-                self._table, output, layout, self._placement, counts is not None
+                self._table, outputs, layouts, self._placement, count is not None
             )
             if weights is not None:
                 agree["shape of the weights"] = list(weights.shape)
             else:
                 with self._distribution.first_pass():
-                    blocks = self._local_pass.blocks(output, layout)
-            samples = self._local_pass.samples
-            info = global_pass.to_tell(blocks, layout, counts, samples)
+                    blocks = local_pass.blocks(output, layout)
+            info = global_pass.to_tell(blocks, layout, count, local_pass.samples)
+            info["both"] = [part.size for part in layouts]
         except Exception as failure:  # it is raised again on every rank, by the handshake
             error = failure
         infos = self._distribution.handshake(call, agree, info, error)
         self._dtype = output.dtype
         self._warn_if_uneven(infos)
         rank = self._distribution.group.rank
-        return GlobalLayout.of(layout, infos, rank, self._placement), blocks
+        return GlobalLayout.of(layout, infos, rank, self._placement), blocks, infos
+
+    def _check_output(self, output: Tensor) -> None:
+        sharded = is_sharded(self._placement)
+        if sharded and output.ndim == 0 and self._distribution.group.size > 1:
+            raise ValueError(
+                "Found a scalar output with objectives=Shard(0); expected a dimension along "
+                "which the ranks' objectives are concatenated."
+            )
+        if not output.requires_grad:
+            raise ValueError(
+                "Found an output that does not require a gradient; expected objectives with a "
+                "graph. A rank without samples passes losses[:0] of any dummy sample."
+            )
+
+    def _rows_of_count(self, count: Count | None, layout: OutputLayout) -> list[float] | None:
+        counts = checked_count(count, layout.num_rows, self._placement)
+        if counts is None:
+            return None
+        return layout.rows_of(torch.tensor(counts).view(layout.shape)).tolist()
 
     def _warn_if_uneven(self, infos: list[dict[str, Any]]) -> None:
         samples = [info["samples"] for info in infos]

@@ -108,23 +108,26 @@ class GramianParts:
 
 def must_agree(
     table: ParameterTable,
-    output: Tensor,
-    layout: OutputLayout,
+    outputs: Sequence[Tensor],
+    layouts: Sequence[OutputLayout],
     placement: Placement,
     has_count: bool,
 ) -> dict[str, Any]:
-    """What has to be the same on every rank."""
-    shape = [str(s) for s in output.shape]
-    if is_sharded(placement) and shape:
-        shape[layout.sharded_dim] = "*"
+    """What has to be the same on every rank, of the objectives of one or several batches."""
+    shapes = []
+    for layout in layouts:
+        shape = [str(s) for s in layout.shape]
+        if is_sharded(placement) and shape:
+            shape[layout.sharded_dim] = "*"
+        shapes.append(f"[{', '.join(shape)}]")
     described = [
         f"{e.name}:{tuple(e.parameter.shape)}:{e.parameter.dtype}" for e in table.trainable
     ]
     digest = hashlib.blake2b("\n".join(described).encode(), digest_size=8).hexdigest()
     return {
-        "shape of the objectives": f"[{', '.join(shape)}]",
-        "dtype of the objectives": str(output.dtype),
-        "batch_dim": layout.batch_dim,
+        "shape of the objectives": ", ".join(shapes),
+        "dtype of the objectives": ", ".join(str(output.dtype) for output in outputs),
+        "batch_dim": layouts[0].batch_dim,
         "placement of the objectives": repr(placement),
         "trainable parameters": f"{len(described)} with digest {digest}",
         "whether count is given": has_count,
@@ -144,7 +147,7 @@ def to_tell(
     """
     shapes = describe(blocks, factors=layout.batch_dim is not None)
     return {
-        "size": layout.shape[layout.sharded_dim] if layout.shape else 1,
+        "size": layout.size,
         "samples": samples,
         "count": counts,
         "shapes": [list(asdict(shape).values()) for shape in shapes],

@@ -75,7 +75,7 @@ def test_every_method_has_an_aggregator_and_a_weighting() -> None:
         assert issubclass(getattr(aggregation, name + "Weighting"), Weighting)
 
 
-PROJECTOR = "projector=QuadprogProjector(norm_eps=0.0001, reg_eps=0.0001)"
+PROJECTOR = "projector=AutomaticProjector(norm_eps=0.0001, reg_eps=0.0001)"
 
 
 @pytest.mark.parametrize(

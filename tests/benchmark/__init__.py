@@ -1,0 +1,1 @@
+"""Measurements of speed, run by hand; no test depends on a time."""
