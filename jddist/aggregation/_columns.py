@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -113,13 +114,13 @@ def weigh(weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
         return columns.weigh(weighting, statistic)
 
 
-# What to do with tensors that know their shards, by their type.
-_sharded: dict[type[Tensor], Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {}
+# Calls an aggregator on a Jacobian that knows its shards.
+Runner: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+_runners: dict[type[Tensor], Runner] = {}
 
 
-def register_sharded(
-    kind: type[Tensor], run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-) -> None:
+def register_sharded(kind: type[Tensor], run: Runner) -> None:
     """Makes aggregators accept Jacobians of a type that knows its shards.
 
     Args:
@@ -127,9 +128,9 @@ def register_sharded(
         run: Called with an aggregator and such a Jacobian [m, n]; calls the aggregator on this
             shard's columns within `acting_on`, and makes a vector [n] of that type of the result.
     """
-    _sharded[kind] = run
+    _runners[kind] = run
 
 
-def runner_of(matrix: Tensor) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None:
-    """The function registered for the type of `matrix`, or None."""
-    return next((run for kind, run in _sharded.items() if isinstance(matrix, kind)), None)
+def runner_of(matrix: Tensor) -> Runner | None:
+    """What was registered for the type of `matrix`, or None."""
+    return next((run for kind, run in _runners.items() if isinstance(matrix, kind)), None)

@@ -35,6 +35,22 @@ class ExcessRiskWeighting(Weighting[Tensor], Remembers):
         self.n_warmup_steps = n_warmup_steps
         self.reset()
 
+    def reset(self) -> None:
+        """Forgets everything, so that the next call starts from equal weights and warms up."""
+        super().reset()
+        self._steps, self._has_baseline = 0, False
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Copies of the vectors, with the number of calls and whether there is a baseline."""
+        progress = torch.tensor([self._steps, int(self._has_baseline)])
+        return {**super().get_extra_state(), "progress": progress}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what another instance remembers."""
+        super().set_extra_state({name: v for name, v in state.items() if name != "progress"})
+        self._steps, has_baseline = state["progress"].tolist()
+        self._has_baseline = bool(has_baseline)
+
     @property
     def robust_step_size(self) -> float:
         """Step size of the weights."""
@@ -68,28 +84,22 @@ class ExcessRiskWeighting(Weighting[Tensor], Remembers):
         baseline = self._recall("baseline", risks, m)
         if weights is None or warmup is None or baseline is None:
             weights, warmup, baseline = uniform(risks, m), risks.new_zeros(m), risks.new_zeros(m)
-            self._memory = {"steps": torch.tensor(0), "has baseline": torch.tensor(False)}
-        steps, has_baseline = int(self._memory["steps"]), bool(self._memory["has baseline"])
-        if steps < self.n_warmup_steps:
+            self._steps, self._has_baseline = 0, False
+        if self._steps < self.n_warmup_steps:
             warmup = warmup + risks
         else:
-            if has_baseline:
+            if self._has_baseline:
                 risks = risks / (baseline + EPS)
             elif self.n_warmup_steps == 0:
                 baseline = risks  # As in the authors' code, this call is not scaled.
             else:
                 baseline = warmup / self.n_warmup_steps
                 risks = risks / (baseline + EPS)
-            has_baseline = True
+            self._has_baseline = True
             # In terms of logarithms, a huge risk saturates the weights instead of overflowing.
             weights = torch.softmax(weights.log() + self.robust_step_size * risks, dim=0)
-        self._memory = {
-            "weights": weights,
-            "warmup": warmup,
-            "baseline": baseline,
-            "steps": torch.tensor(steps + 1),
-            "has baseline": torch.tensor(has_baseline),
-        }
+        self._steps += 1
+        self._memory = {"weights": weights, "warmup": warmup, "baseline": baseline}
         return weights
 
 

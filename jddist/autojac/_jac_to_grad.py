@@ -81,6 +81,9 @@ def jac_to_grad_groups(
 ) -> list[Tensor | None]:
     """``jac_to_grad`` for many groups at once: one all-reduce of all Gramians, one broadcast.
 
+    Aggregators that need more than the Gramian (ExcessMTL, MoCo, DBMTL) add their own. Of random
+    ones, the weightings of Gramians draw first and the others after them, in the groups' order.
+
     Args:
         groups: Groups of tensors, such as ``jddist.grouping`` makes them.
         aggregators: One for each group. A stateful one must not serve two groups.

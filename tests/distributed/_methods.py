@@ -10,19 +10,27 @@ import torch
 
 from jddist.aggregation import (
     DBMTL,
+    IMTLG,
     MGDA,
+    PCD,
     Aggregator,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
     Constant,
     CRMOGMWeighting,
     DualProj,
     ExcessMTL,
     ExcessMTLWeighting,
+    FairGrad,
     GradDrop,
     GradNorm,
     GradVac,
     GramianWeightedAggregator,
+    Krum,
     Mean,
     MoCo,
+    NashMTL,
     PCGrad,
     Random,
     RandomWeighting,
@@ -54,6 +62,14 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "AlignedMTL": Method(AlignedMTL),
+    "CAGrad": Method(lambda: CAGrad(0.5)),
+    "ConFIG": Method(ConFIG),
+    "FairGrad": Method(lambda: FairGrad(1.0)),
+    "IMTLG": Method(IMTLG),
+    "Krum": Method(lambda: Krum(0, 2)),
+    "NashMTL": Method(lambda: NashMTL(M), follows=True),
+    "PCD": Method(PCD, follows=True),
     "CRMOGM(ExcessMTL)": Method(
         lambda: WeightedAggregator(CRMOGMWeighting(ExcessMTLWeighting())), "vector", follows=True
     ),
@@ -69,7 +85,7 @@ METHODS: dict[str, Method] = {
     "ExcessMTL": Method(ExcessMTL, "vector", follows=True),
     "ExcessMTL, warm": Method(lambda: ExcessMTL(0.1, 1), "vector", follows=True),
     "GradDrop": Method(GradDrop, "nothing", 0),
-    "GradDrop, leaking": Method(lambda: GradDrop(leak=torch.rand(M)), "nothing", 0),
+    "GradDrop, leaking": Method(lambda: GradDrop(leak=torch.linspace(0.0, 1.0, M)), "nothing", 0),
     "GradNorm": Method(GradNorm, follows=True),
     "GradVac": Method(GradVac, follows=True),
     "MGDA": Method(MGDA),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from jddist import attach
+from jddist import aggregation, attach
 from jddist.aggregation import (
     Aggregator,
     MoDoWeighting,
@@ -226,6 +226,13 @@ def one_process() -> dict[str, Any]:
 def ranks(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     """What every rank found; one launch for each number of ranks."""
     yield run_ranks(_everything, request.param)
+
+
+def test_every_aggregator_is_among_the_methods() -> None:
+    exported = {getattr(aggregation, name) for name in aggregation.__all__}
+    aggregators = {cls for cls in exported if issubclass(cls, Aggregator)}
+    made = {cls for method in METHODS.values() for cls in type(method.make()).__mro__}
+    assert aggregators - made == set()
 
 
 def test_a_dtensor_gives_the_result_of_the_whole(ranks: list[dict[str, Any]]) -> None:

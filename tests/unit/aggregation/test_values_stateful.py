@@ -28,6 +28,7 @@ from jddist.aggregation import (
     WeightedAggregator,
     _graddrop,
 )
+from jddist.aggregation._columns import WholeColumns, acting_on
 from jddist.aggregation._simplex import project
 from jddist.autojac import backward
 from tests.unit.aggregation._matrices import make_matrix
@@ -90,6 +91,44 @@ def test_graddrop_draws_the_same_in_any_chunks(monkeypatch: pytest.MonkeyPatch) 
     for vector, following in results[1:]:
         assert torch.equal(vector, results[0][0])
         assert torch.equal(following, results[0][1])
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("sizes", [[6, 5], [1, 0, 10], [3, 4, 4, 0]], ids=str)
+def test_graddrop_does_not_depend_on_the_shards(
+    device: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_graddrop, "CHUNK", 4)
+    matrix = make_matrix("random", 3, seed=0).to(device)
+
+    class Part(WholeColumns):
+        def __init__(self, start: int) -> None:
+            self.start = start
+
+        def span(self, width: int) -> tuple[int, int]:
+            return self.start, matrix.shape[1]
+
+    torch.manual_seed(0)
+    whole, following = GradDrop()(matrix), torch.rand(3, device=device)
+    parts = []
+    for rank, columns in enumerate(matrix.split(sizes, dim=1)):
+        torch.manual_seed(0)
+        with acting_on(Part(sum(sizes[:rank]))):
+            parts.append(GradDrop()(columns))
+        assert torch.equal(torch.rand(3, device=device), following)
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
