@@ -47,7 +47,7 @@ def methods(m: int) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Ten
         if theirs is None:
             # The peer asks for a matrix: any with this Gramian will do.
             aggregator = getattr(peer, name)(**parameters)
-            theirs_call = _on_root(getattr(aggregator, "weighting", aggregator))
+            theirs_call = _on_root(aggregator.weighting if name == "NashMTL" else aggregator)
         else:
             theirs_call = theirs(**parameters)
         found[name] = (getattr(ours, f"{name}Weighting")(**parameters), theirs_call)
@@ -135,9 +135,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--many", type=int, nargs="*", default=MANY)
     parser.add_argument("--kinds", nargs="*", default=KINDS, metavar="KIND")
+    parser.add_argument("--threads", type=int, help="of torch's operations")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     compare(arguments.sizes, arguments.kinds, getattr(torch, arguments.dtype))
     many_objectives(arguments.many, arguments.kinds)
