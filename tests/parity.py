@@ -1,4 +1,8 @@
-"""Prints how the methods compare with torchjd: `python -m tests.parity [name ...]`."""
+"""Prints how the methods compare with torchjd: `python -m tests.parity [-v] [name ...]`.
+
+It fails if a difference is above its limit, a paper's condition is missed, or a method was never
+compared. `-v` lists the excluded calls and why.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,27 @@ def all_methods() -> list[Method]:
     return [method for suite in SUITES for method in import_module(suite).METHODS]
 
 
-def main(names: list[str]) -> int:
-    methods = [m for m in all_methods() if not names or m.name in names or m.label in names]
+def main(arguments: list[str]) -> int:
+    names = {argument for argument in arguments if not argument.startswith("-")}
+    methods = [m for m in all_methods() if not names or names & {m.name, m.label}]
+    unknown = names - {n for m in methods for n in (m.name, m.label)}
+    if unknown:
+        print(f"No such method: {', '.join(sorted(unknown))}.")
+        return 2
     print(table(methods))
-    outcomes = {method.label: summarize(method) for method in methods}
-    for label, outcome in outcomes.items():
-        for failure in outcome.failures:
-            print("FAILED", failure)
+    problems: list[str] = []
+    for method in methods:
+        outcome = summarize(method)
+        problems += outcome.failures
         if outcome.compared == 0:
-            print("FAILED", label, "was never compared")
-    if "-v" in sys.argv:
-        for outcome in outcomes.values():
+            problems.append(f"{method.label} was never compared")
+        if "-v" in arguments:
             for exclusion in outcome.exclusions:
                 print(f"excluded {exclusion.cell}: {exclusion.reason}")
-    return int(any(outcome.failures or not outcome.compared for outcome in outcomes.values()))
+    for problem in problems:
+        print("FAILED", problem)
+    return int(bool(problems))
 
 
 if __name__ == "__main__":
-    sys.exit(main([name for name in sys.argv[1:] if not name.startswith("-")]))
+    sys.exit(main(sys.argv[1:]))

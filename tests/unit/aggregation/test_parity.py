@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import jddist.aggregation as ours
+from tests import parity
 from tests.unit.aggregation._matrices import KINDS, make_matrix
 from tests.unit.aggregation._parity import DTYPES, Method, compare
 from tests.unit.aggregation._parity_methods import METHODS, PlainProjector
@@ -111,6 +112,16 @@ def test_the_comparison_can_fail(wrong: float, what: str) -> None:
     assert outcome.compared > 0
     assert outcome.failures
     assert all(what in failure for failure in outcome.failures)
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parity.main(["Mean"]) == 0
+    assert "Mean                          504        0" in capsys.readouterr().out
+    assert parity.main(["Median"]) == 2
+    never = Method("Mean", "Mean", (1.0, 1.0), "a test", sizes=())
+    monkeypatch.setattr(parity, "all_methods", lambda: [never])
+    assert parity.main([]) == 1
+    assert "never compared" in capsys.readouterr().out
 
 
 def test_excluded_cells_need_a_condition() -> None:
