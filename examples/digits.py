@@ -40,7 +40,7 @@ from tqdm import tqdm
 from jddist.aggregation import UPGradWeighting
 from jddist.autogram import Engine
 from jddist.distribution import Local
-from jddist.linalg import QuadprogProjector
+from jddist.linalg import AutomaticProjector
 
 METHODS = ("mean", "upgrad", "local-upgrad")
 LEARNING_RATES = (0.2, 0.4, 0.8, 1.6)
@@ -120,7 +120,7 @@ def make_network(seed: int, ranks: Ranks) -> nn.Module:
 def make_step(method: str, network: nn.Module, ranks: Ranks) -> Callable[[Tensor, int], None]:
     """How a method turns this rank's losses, of a batch of some size, into ``.grad``."""
     # norm_eps=0: by default UPGrad turns into the mean when gradients become small.
-    weighting = UPGradWeighting(projector=QuadprogProjector(norm_eps=0.0))
+    weighting = UPGradWeighting(projector=AutomaticProjector(norm_eps=0.0))
     if method == "upgrad":
         engine = Engine(network, batch_dim=0)
 

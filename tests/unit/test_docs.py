@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jddist import scalarization
-from jddist.autogram import Engine
 from tests._ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -24,16 +20,6 @@ PAGES = [Path("README.md"), *sorted(p.relative_to(ROOT) for p in (ROOT / "docs")
 def _snippets(page: Path) -> list[str]:
     text = (ROOT / page).read_text()
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-
-
-def _awaited(snippet: str) -> Iterator[str]:
-    """What a snippet uses of the methods that are not there yet; it is left out until they are."""
-    for node in ast.walk(ast.parse(snippet)):
-        if isinstance(node, ast.ImportFrom) and node.module == "jddist.aggregation":
-            module = importlib.import_module(node.module)
-            yield from (a.name for a in node.names if not hasattr(module, a.name))
-    if "cross_gramian" in snippet and not hasattr(Engine, "cross_gramian"):
-        yield "cross_gramian"
 
 
 def _run_snippets(rank: int, world_size: int, page: Path) -> list[str]:
@@ -49,8 +35,7 @@ def _names_of_program(page: Path, rank: int) -> dict[str, object]:
         monkeypatch.setattr(dist, "init_process_group", lambda *_: None)
         monkeypatch.setattr(dist, "destroy_process_group", lambda *_: None)
         for snippet in _snippets(page):
-            if not list(_awaited(snippet)):
-                exec(compile(snippet, str(page), "exec"), names)
+            exec(compile(snippet, str(page), "exec"), names)
     return names
 
 
