@@ -102,5 +102,8 @@ def _vjps(
     result: list[Tensor | None] = []
     for column in zip(*passes, strict=True):
         present = [g for g in column if g is not None]
-        result.append(torch.stack(present) if present else None)
+        if len(present) == 1 == len(passes):
+            result.append(present[0].unsqueeze(0))  # the usual case, without a copy
+        else:
+            result.append(torch.stack(present) if present else None)
     return result

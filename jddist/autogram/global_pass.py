@@ -171,9 +171,10 @@ def gramian(
     if group.size == 1:
         values = local_gramian(blocks, m, device)
         dropped = scale == 0
-        values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
+        if 0.0 in layout.row_scale:
+            values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
         flags = (~finite | ~torch.isfinite(values.diagonal())) & ~dropped
-        return GramianParts(_symmetric(values), flags.unsqueeze(0))
+        return GramianParts(values, flags.unsqueeze(0))
     if layout.sharded:
         k = layout.objectives
         steps = plan_exchange(layout.shapes, columns, layout.sizes, k)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jddist.autogram.blocks import JacobianBlock, OuterBlock
+from jddist.autogram.blocks.products import mirror_
 
 from .collectives import Group
 from .plan import BlockShape, Scheme, Step
@@ -55,10 +56,11 @@ def local_gramian(blocks: Blocks, num_rows: int, device: torch.device) -> Tensor
             continue
         if is_weight_with_bias(block, after):
             assert isinstance(block, OuterBlock)
-            block = block.with_bias()
-            index += 1
-        total += block.gramian()
-    return total
+            if block.prefers_pairs():  # then the bias is nearly free
+                block = block.with_bias()
+                index += 1
+        block.add_gramian(total)
+    return mirror_(total)
 
 
 def is_weight_with_bias(block: JacobianBlock | None, after: JacobianBlock | None) -> bool:
