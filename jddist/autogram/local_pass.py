@@ -19,10 +19,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_map
 
 from .blocks import DenseBlock, JacobianBlock, sum_blocks
 from .differentiate import row_gradients, sample_gradients
@@ -34,6 +36,10 @@ from .rules.fallback import batched_leaves, vjp_rows
 from .self_check import warn_direct, warn_wrong, wrong_entries
 
 Blocks = list[JacobianBlock | None]
+
+
+class _Declined(Exception):
+    """A rule does not serve a call, and without a batch dimension the fallback cannot either."""
 
 
 @dataclass(eq=False)
@@ -172,6 +178,8 @@ class LocalPass:
             try:
                 with torch.no_grad():
                     self._run_rule(owner, call, call_grads, layout, reached - direct, parts)
+            except _Declined:
+                failed |= {self.table.index_of[p] for p in owner.paths.values()} & reached
             except RuntimeError as error:
                 if owner.rule is not None:
                     raise
@@ -215,12 +223,15 @@ class LocalPass:
                 g = g if self.batched else g.unsqueeze(1)
             grads.append(g)
         args, kwargs = call.record.args, call.record.kwargs
+        if call.broadcast and owner.rule is not None:
+            args, kwargs = _broadcast((args, kwargs), next(iter(call.broadcast.values())))
         record = LayerRecord(
             call.record.module, args, kwargs, grads, call.record, layout.batch, self.batched
         )
-        if owner.rule is not None:
-            found = owner.rule(record)
-        else:
+        found = None if owner.rule is None else owner.rule(record)
+        if found is None:
+            if not self.batched:
+                raise _Declined
             paths = [p for p, q in owner.paths.items() if self.table.index_of[q] in wanted]
             found = vjp_rows(record, paths)
         for path, block in found.items():
@@ -255,9 +266,19 @@ def _is_batched(owner: Owner, call: ReachedCall, batch: int) -> bool:
     """Whether dimension 0 of all the call's outputs counts the samples, as far as sizes tell."""
     if any(call.batch_of(index) != batch for index in call.edges):
         return False
-    # A closed form takes the call apart by samples: a vector or a broadcast input has none.
+    # A closed form takes the call apart by samples: a vector has none.
     shapes = [call.record.output_shapes[index] for index in call.edges]
-    return owner.rule is None or (not call.broadcast and all(len(s) > 1 for s in shapes))
+    return owner.rule is None or all(len(s) > 1 for s in shapes)
+
+
+def _broadcast(inputs: Any, batch: int) -> Any:
+    """Inputs of batch 1 as if the call had been made with the batch."""
+
+    def expand(leaf: Any) -> Any:
+        single = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1
+        return leaf.expand(batch, *leaf.shape[1:]) if single else leaf
+
+    return tree_map(expand, inputs)
 
 
 def _coarsest_rounding(calls: list[tuple[Owner, ReachedCall]]) -> float:
