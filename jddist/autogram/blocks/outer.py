@@ -67,6 +67,7 @@ class OuterBlock(TiledBlock):
         self.num_columns = self.out_features * (self.in_features + int(ones))
         self.device = grads.device
         self._kept: Tensor | None = None
+        self._bias: Tensor | None = None
 
     @property
     def positions(self) -> int:
@@ -218,11 +219,16 @@ class OuterBlock(TiledBlock):
         return inputs[low:high].to(self.dtype)
 
     def _bias_rows(self) -> Tensor:
+        if self._bias is not None:
+            return self._bias
         sums = [g.sum(dim=2, dtype=self.dtype) for _, g in self._parts]
         total = sums[0]
         for more in sums[1:]:
             total = total + more
-        return total.reshape(self.num_rows, self.out_features)
+        total = total.reshape(self.num_rows, self.out_features)
+        if self._may_keep:
+            self._bias = total
+        return total
 
     def _own_tiles(self) -> Iterator[Tensor]:
         """The weight's columns of all rows, held at once if there is memory for it, or in tiles."""

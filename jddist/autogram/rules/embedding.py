@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks import JacobianBlock, LookupBlock, compute_dtype
 from ..record import LayerRecord
@@ -22,7 +22,8 @@ def embedding(record: LayerRecord) -> dict[str, JacobianBlock]:
     lines = tokens.reshape(-1).long()
     samples = torch.arange(b, device=lines.device).repeat_interleave(tokens.shape[1])
     if module.scale_grad_by_freq:
-        values = values / _frequency(lines, module.num_embeddings)[:, None, None].to(values.dtype)
+        frequency = torch.bincount(lines, minlength=module.num_embeddings)[lines]
+        values = values / frequency[:, None, None].to(values.dtype)
     if module.padding_idx is not None:
         read = lines != module.padding_idx
         samples, lines, values = samples[read], lines[read], values[read]
@@ -35,8 +36,10 @@ def embedding_bag(record: LayerRecord) -> dict[str, JacobianBlock] | None:
     (grads,) = record.grads
     module = record.module
     assert grads is not None and isinstance(module, nn.EmbeddingBag)
-    if module.mode == "max":
-        return None  # which line was the largest is not recorded
+    if module.mode == "max" or module.scale_grad_by_freq:
+        # Which line was the largest is not recorded; torch's scaling of sums depends on the order
+        # of the lines in the table (2.13), and autograd alone reproduces it.
+        return None
     # The module's own signature: (input, offsets=None, per_sample_weights=None).
     given = dict(zip(("input", "offsets", "per_sample_weights"), record.args, strict=False))
     given.update(record.kwargs)
@@ -57,8 +60,6 @@ def embedding_bag(record: LayerRecord) -> dict[str, JacobianBlock] | None:
     scale = torch.ones(len(lines), dtype=compute_dtype(grads), device=lines.device)
     if given.get("per_sample_weights") is not None:
         scale = given["per_sample_weights"].reshape(-1).to(scale.dtype)
-    if module.scale_grad_by_freq:
-        scale = scale / _frequency(lines, module.num_embeddings).to(scale.dtype)
     if module.padding_idx is not None:
         read = lines != module.padding_idx
         bags, lines, scale = bags[read], lines[read], scale[read]
@@ -69,8 +70,3 @@ def embedding_bag(record: LayerRecord) -> dict[str, JacobianBlock] | None:
     values = flat[:, bags].transpose(0, 1) * scale[:, None, None]
     samples = bags if record.batched else torch.zeros_like(bags)
     return {"weight": LookupBlock(samples, lines, values, record.batch, module.num_embeddings)}
-
-
-def _frequency(lines: Tensor, num_lines: int) -> Tensor:
-    """How often each line is read, at each of its readings."""
-    return torch.bincount(lines, minlength=num_lines)[lines]
