@@ -22,12 +22,22 @@ _CHUNK = 32
 
 
 def sample_gradients(
-    output: Tensor, layout: OutputLayout, inputs: Sequence[Tensor | GradientEdge]
+    output: Tensor,
+    layout: OutputLayout,
+    inputs: Sequence[Tensor | GradientEdge],
+    *,
+    retain_graph: bool = True,
 ) -> list[Tensor | None]:
     """Gradients of every objective at ``inputs``, all samples of the batch in one pass.
 
     With a batch dimension, one pass per objective of a sample: the samples being independent,
     dimension 0 of a batched activation separates them. Without, one pass per element of ``output``.
+
+    Args:
+        output: The objectives.
+        layout: The layout of ``output``.
+        inputs: Where gradients are wanted.
+        retain_graph: Whether to keep the graph. Only a single pass can free it.
 
     Returns:
         One tensor [k, *input.shape] per input, or None where the output does not depend on it.
@@ -37,7 +47,8 @@ def sample_gradients(
     k, b = layout.objectives, layout.batch
     flat = layout.rows_of(output).reshape(b, k)
     cotangents = torch.eye(k, dtype=output.dtype, device=output.device).unsqueeze(1)
-    return _vjps(flat, inputs, cotangents.expand(k, b, k))
+    assert retain_graph or k == 1
+    return _vjps(flat, inputs, cotangents.expand(k, b, k), retain_graph=retain_graph)
 
 
 def row_gradients(
@@ -73,7 +84,11 @@ def weighted_gradients(
 
 
 def _vjps(
-    output: Tensor, at: Sequence[Tensor | GradientEdge], cotangents: Tensor
+    output: Tensor,
+    at: Sequence[Tensor | GradientEdge],
+    cotangents: Tensor,
+    *,
+    retain_graph: bool = True,
 ) -> list[Tensor | None]:
     """One vector-Jacobian product for each entry of ``cotangents`` [k, *output.shape]."""
     inputs: Any = at  # torch takes a mixed sequence; its annotation does not say so
@@ -96,11 +111,14 @@ def _vjps(
                 # No batching rule (a user's autograd.Function, a recomputed dropout): one by one.
                 pass
         passes = [
-            torch.autograd.grad(output, inputs, c, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(output, inputs, c, retain_graph=retain_graph, allow_unused=True)
             for c in cotangents
         ]
     result: list[Tensor | None] = []
     for column in zip(*passes, strict=True):
         present = [g for g in column if g is not None]
-        result.append(torch.stack(present) if present else None)
+        if len(present) == 1 == len(passes):
+            result.append(present[0].unsqueeze(0))  # the usual case, without a copy
+        else:
+            result.append(torch.stack(present) if present else None)
     return result

@@ -25,6 +25,8 @@ from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
 from . import global_pass
+from .blocks import DEFAULT_BUDGET, Scratch
+from .book_keeping import Books, agreed, combined, differentiated, no_hooks
 from .capture import Capture, paused
 from .global_pass import GlobalLayout
 from .joint import JointOutput
@@ -56,6 +58,9 @@ class Engine:
             ones. By default ``Shard(0)`` with a ``batch_dim``, else ``Partial("avg")``.
         distribution: Pass ``Local()`` if several ranks run that have nothing to do with each
             other. By default it is found from the modules' wrapper.
+        memory_budget: Bytes that intermediate results and rows held for the weighted gradient may
+            take, besides the inputs of the layers and the gradients of their outputs. Less is
+            slower: rows are then formed in smaller tiles, or twice. 256 MiB by default.
         nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
             NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
 
@@ -71,6 +76,7 @@ class Engine:
         batch_dim: int | None,
         objectives: Placement | None = None,
         distribution: Distribution | None = None,
+        memory_budget: int = DEFAULT_BUDGET,
         nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         if nonfinite not in ("raise", "skip"):
@@ -98,11 +104,13 @@ class Engine:
             [owner.module for owner in self._table.owners],
             [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
         )
-        self._local_pass = LocalPass(self._table, batch_dim is not None)
+        scratch = Scratch(memory_budget)
+        self._local_pass = LocalPass(self._table, batch_dim is not None, scratch)
         # Two batches have no batch dimension in common: one backward pass per objective.
-        self._joint_pass = LocalPass(self._table, batched=False)
+        self._joint_pass = LocalPass(self._table, False, scratch)
         self._layout: GlobalLayout | None = None
         self._dtype = torch.float32
+        self._books = Books.NO
         self._skip = False
         self._warned_uneven = False
 
@@ -137,13 +145,16 @@ class Engine:
             RankError: Another rank failed before the exchange.
         """
         layout, blocks = self.prepare("Engine.compute_gramian", output, count)
+        return self._gramian(output, layout, blocks)
+
+    def _gramian(self, output: Tensor, layout: GlobalLayout, blocks: Blocks) -> Tensor:
         parts = global_pass.gramian(self._distribution, layout, blocks, output, self._table)
         self._layout, self._skip = layout, False
         if not parts.finite:
             error = global_pass.nonfinite_error(layout, parts)
             if self._nonfinite == "raise":
                 raise error
-            warnings.warn(f"{error} The weights of this step are zero.", stacklevel=2)
+            warnings.warn(f"{error} The weights of this step are zero.", stacklevel=3)
             self._skip = True
         values = parts.values.to(torch.promote_types(output.dtype, torch.float32))
         return layout.whole.generalized(values)
@@ -244,10 +255,12 @@ class Engine:
         count: Count | None = None,
         retain_graph: bool = False,
     ) -> Tensor:
-        """A whole step: Gramian, weights, weighted backward.
+        """A whole step: Gramian, weights, weighted gradient.
 
         ``.grad`` comes out as the wrapper's own backward makes it, so clipping, accumulation,
-        schedulers and optimizers work unchanged. Every rank has to call, also one without samples.
+        schedulers and optimizers work unchanged. Where nothing else depends on that backward, it
+        is left out: the rows that gave the Gramian give the gradient. Every rank has to call, also
+        one without samples.
 
         Args:
             output: This rank's objectives, with their graph.
@@ -260,29 +273,62 @@ class Engine:
             The weights of all objectives.
 
         Raises:
-            The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched.
+            The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched,
+            and the graph may be freed.
         """
-        if isinstance(weighting_or_weights, Tensor):
-            weights = weighting_or_weights
-            self._layout, _ = self.prepare("Engine.backward", output, count, weights=weights)
-            self._skip = False
-        else:
-            gramian = self.compute_gramian(output, count=count)
-            weights = self.compute_weights(gramian, weighting_or_weights)
+        blocks: Blocks = []
+        try:
+            if isinstance(weighting_or_weights, Tensor):
+                weights, self._books = weighting_or_weights, Books.NO
+                self._layout, _ = self.prepare("Engine.backward", output, count, weights=weights)
+                self._skip = False
+            else:
+                layout, blocks = self.prepare(
+                    "Engine.backward", output, count, step=True, retain_graph=retain_graph
+                )
+                gramian = self._gramian(output, layout, blocks)
+                weights = self.compute_weights(gramian, weighting_or_weights)
+            self._write_gradients(output, blocks, weights, retain_graph)
+        finally:
+            for block in blocks:
+                if block is not None:
+                    block.release()
+        return weights
+
+    def _write_gradients(
+        self, output: Tensor, blocks: Blocks, weights: Tensor, retain_graph: bool
+    ) -> None:
+        entries = self._table.trainable
         if self._skip:
             # Micro-steps under no_sync rely on the reduction of the step that is skipped.
-            self._distribution.reduce_accumulated([e.parameter for e in self._table.trainable])
-        else:
-            local = self.local_weights(weights)
+            self._distribution.reduce_accumulated([e.parameter for e in entries])
+            return
+        local = self.local_weights(weights)
+        assert self._layout is not None
+        if self._books is Books.NO or weights.numel() == 0:
             # The records live as long as the graph's own tensors.
             with paused() if retain_graph else nullcontext():
                 output.backward(local, retain_graph=retain_graph)
-            if not retain_graph:
-                self._capture.release_passed()
-        return weights
+        else:
+            if self._books is Books.ROWS:
+                gradients = combined(self._layout, blocks, entries, local)
+            else:
+                gradients = differentiated(self._distribution, output, entries, local)
+            present = [self._layout.has_rows(e.index) for e in entries]
+            parameters = [e.parameter for e in entries]
+            self._distribution.write_gradients(parameters, gradients, present)
+        if not retain_graph:
+            self._capture.release_passed()
 
     def prepare(
-        self, call: str, output: Tensor, count: Count | None, *, weights: Tensor | None = None
+        self,
+        call: str,
+        output: Tensor,
+        count: Count | None,
+        *,
+        weights: Tensor | None = None,
+        step: bool = False,
+        retain_graph: bool = True,
     ) -> tuple[GlobalLayout, Blocks]:
         """The first two stages, the local pass and the handshake. What fails fails on every rank.
 
@@ -292,8 +338,10 @@ class Engine:
             count: See ``compute_gramian``.
             weights: Weights that are given already: then no rows are needed, and only the layout
                 is agreed on.
+            step: Whether the weighted gradient is to come from the blocks, if that is possible.
+            retain_graph: Whether to keep the graph even so.
         """
-        layout, blocks, _ = self._prepare(call, (output,), (count,), weights)
+        layout, blocks, _ = self._prepare(call, (output,), (count,), weights, step, retain_graph)
         return layout, blocks
 
     def _prepare(
@@ -302,9 +350,12 @@ class Engine:
         outputs: tuple[Tensor] | tuple[Tensor, Tensor],
         counts: tuple[Count | None, ...] | None,
         weights: Tensor | None = None,
+        step: bool = False,
+        retain_graph: bool = True,
     ) -> tuple[GlobalLayout, Blocks, list[dict[str, Any]]]:
         """``prepare`` for one output or for two, and what every rank told."""
         error: Exception | None = None
+        books = Books.NO
         blocks: Blocks = []
         agree: dict[str, Any] = {}
         info: dict[str, Any] = {}
@@ -329,15 +380,29 @@ class Engine:
             if weights is not None:
                 agree["shape of the weights"] = list(weights.shape)
             else:
+                trainable = self._table.trainable
+                taken = step and self._distribution.takes_gradients(
+                    {entry.parameter for entry in trainable}
+                )
+                agree["whether gradients are handed over"] = taken
+                taken = taken and no_hooks(trainable, self._scope)
+                free = taken and not retain_graph and count is None
                 with self._distribution.first_pass():
-                    blocks = local_pass.blocks(output, layout)
+                    blocks = local_pass.blocks(
+                        output, layout, keep=taken and retain_graph, free=free
+                    )
+                if taken and local_pass.accounted:
+                    rows = local_pass.freed or (retain_graph and count is None)
+                    books = Books.ROWS if rows else Books.GRADIENTS
             info = global_pass.to_tell(blocks, layout, count, local_pass.samples)
             info["both"] = [part.size for part in layouts]
+            info["books"] = [int(books), int(local_pass.freed)]
         except Exception as failure:  # it is raised again on every rank, by the handshake
             error = failure
         infos = self._distribution.handshake(call, agree, info, error)
         self._dtype = output.dtype
         self._warn_if_uneven(infos)
+        self._books = agreed([info["books"] for info in infos], books)
         rank = self._distribution.group.rank
         return GlobalLayout.of(layout, infos, rank, self._placement), blocks, infos
 

@@ -76,6 +76,10 @@ class GlobalLayout:
         """The number of objectives for each entry of the sharded dimension."""
         return self.whole.num_rows // max(1, sum(self.sizes))
 
+    def has_rows(self, index: int) -> bool:
+        """Whether any rank has rows for a parameter."""
+        return any(of_rank[index].kind != "none" for of_rank in self.shapes)
+
     def local_part(self, weights: Tensor) -> Tensor:
         """This rank's slice of global weights, times its share of the samples."""
         if tuple(weights.shape) != self.whole.shape:
@@ -174,9 +178,10 @@ def gramian(
     if group.size == 1:
         values = local_gramian(blocks, m, device)
         dropped = scale == 0
-        values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
+        if 0.0 in layout.row_scale:
+            values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
         flags = (~finite | ~torch.isfinite(values.diagonal())) & ~dropped
-        return GramianParts(_symmetric(values), flags.unsqueeze(0))
+        return GramianParts(values, flags.unsqueeze(0))
     if layout.sharded:
         k = layout.objectives
         steps = plan_exchange(layout.shapes, columns, layout.sizes, k)
@@ -186,7 +191,7 @@ def gramian(
         flags[0, start : start + len(finite)] = (~finite).double()
     else:
         # Parameters that no rank has rows for (frozen ones, say) need not travel.
-        needed = [i for i in range(len(columns)) if any(s[i].kind != "none" for s in layout.shapes)]
+        needed = [i for i in range(len(columns)) if layout.has_rows(i)]
         values, rows_finite = summed_rows_gramian(
             [blocks[i] for i in needed],
             [columns[i] for i in needed],

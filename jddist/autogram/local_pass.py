@@ -19,14 +19,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_map
 
-from .blocks import DenseBlock, JacobianBlock, sum_blocks
+from .blocks import DenseBlock, JacobianBlock, Scratch, sum_blocks
 from .differentiate import row_gradients, sample_gradients
-from .graph import ReachedCall, explore
+from .graph import ReachedCall, ReachedGraph, explore
 from .layout import OutputLayout
 from .parameters import Entry, Owner, ParameterTable
 from .record import LayerRecord
@@ -36,6 +38,10 @@ from .self_check import warn_direct, warn_wrong, wrong_entries
 Blocks = list[JacobianBlock | None]
 
 
+class _Declined(Exception):
+    """A rule does not serve a call, and without a batch dimension the fallback cannot either."""
+
+
 @dataclass(eq=False)
 class LocalPass:
     """Computes blocks of rows, and remembers which parameters have to be computed directly.
@@ -43,31 +49,56 @@ class LocalPass:
     Args:
         table: The engine's parameters and owners.
         batched: Whether the engine has a batch dimension.
+        scratch: The memory in which the blocks work.
 
     Attributes:
         samples: The batch size that the modules saw in the last pass, as far as can be told.
+        accounted: Whether the last graph led to no other leaves than the table's parameters.
+        freed: Whether the last pass freed the graph.
     """
 
     table: ParameterTable
     batched: bool
+    scratch: Scratch = field(default_factory=Scratch)
     samples: int = 0
+    accounted: bool = False
+    freed: bool = False
     _direct: dict[Hashable, frozenset[int]] = field(default_factory=dict)
     _steps: dict[Hashable, int] = field(default_factory=dict)
 
-    def blocks(self, output: Tensor, layout: OutputLayout) -> Blocks:
+    def blocks(
+        self, output: Tensor, layout: OutputLayout, *, keep: bool = False, free: bool = False
+    ) -> Blocks:
         """One block per entry of the table; None where the rows are all zero.
 
         Args:
-            output: The objectives, with their graph, which is kept.
+            output: The objectives, with their graph.
             layout: The layout of ``output``.
+            keep: Whether the blocks may hold rows for ``combine`` until they are released.
+            free: Whether the graph may be freed. It is if nothing is left to be done with it: it
+                leads to the table's parameters alone, and its like has been checked.
 
         Raises:
             ModifiedInputError: An input of a recorded call was changed in place.
         """
-        self.samples = 0
+        self.samples, self.freed = 0, False
+        graph = explore(output)
+        self.accounted = graph.leaves <= self.table.index_of.keys()
         if layout.num_rows == 0:
             return [None] * len(self.table.entries)
-        graph = explore(output)
+        free = free and self.accounted and layout.objectives == 1
+        blocks = self._checked_blocks(output, layout, graph, free)
+        for block in blocks:
+            if block is not None:
+                block.lend(self.scratch, keep=keep or self.freed)
+        if self.freed:
+            for call in graph.calls:
+                call.record.release()
+        return blocks
+
+    def _checked_blocks(
+        self, output: Tensor, layout: OutputLayout, graph: ReachedGraph, free: bool
+    ) -> Blocks:
         reached = {
             self.table.index_of[leaf]
             for leaf in graph.leaves
@@ -78,8 +109,10 @@ class LocalPass:
         signature = (self._signature(calls, reached, layout), graph.structure)
         known = self._direct.get(signature)
         start = (known or frozenset()) | (elsewhere & reached)
+        due = self._is_due(signature)
+        self.freed = free and not due and known == frozenset() == start
         blocks, direct = self._compute(output, layout, calls, reached, start)
-        if self._is_due(signature):
+        if due:
             entries = [self._entry(i) for i in sorted(reached - direct)]
             eps = _coarsest_rounding(calls)
             wrong = wrong_entries(output, layout, entries, blocks, eps)
@@ -164,7 +197,10 @@ class LocalPass:
             edges.extend(call.edges.values())
         # Without a batch dimension every row is one pass anyway: take the parameters along.
         along = [] if self.batched else [self._entry(i).parameter for i in sorted(direct)]
-        grads = iter(sample_gradients(output, layout, [*edges, *along]))
+        self.freed = self.freed and bool(edges) and not direct
+        grads = iter(
+            sample_gradients(output, layout, [*edges, *along], retain_graph=not self.freed)
+        )
         parts: dict[int, list[JacobianBlock]] = {}
         failed: set[int] = set()
         for owner, call in calls:
@@ -172,6 +208,8 @@ class LocalPass:
             try:
                 with torch.no_grad():
                     self._run_rule(owner, call, call_grads, layout, reached - direct, parts)
+            except _Declined:
+                failed |= {self.table.index_of[p] for p in owner.paths.values()} & reached
             except RuntimeError as error:
                 if owner.rule is not None:
                     raise
@@ -215,12 +253,15 @@ class LocalPass:
                 g = g if self.batched else g.unsqueeze(1)
             grads.append(g)
         args, kwargs = call.record.args, call.record.kwargs
+        if call.broadcast and owner.rule is not None:
+            args, kwargs = _broadcast((args, kwargs), next(iter(call.broadcast.values())))
         record = LayerRecord(
             call.record.module, args, kwargs, grads, call.record, layout.batch, self.batched
         )
-        if owner.rule is not None:
-            found = owner.rule(record)
-        else:
+        found = None if owner.rule is None else owner.rule(record)
+        if found is None:
+            if not self.batched:
+                raise _Declined
             paths = [p for p, q in owner.paths.items() if self.table.index_of[q] in wanted]
             found = vjp_rows(record, paths)
         for path, block in found.items():
@@ -233,6 +274,12 @@ class LocalPass:
         self, output: Tensor, layout: OutputLayout, blocks: Blocks, indices: Iterable[int]
     ) -> None:
         entries = [self._entry(i) for i in sorted(indices)]
+        if entries and self.freed:
+            raise RuntimeError(
+                f"Found no way to the rows of {', '.join(e.name for e in entries)} in a graph that "
+                "is freed already; expected the fallback to serve as it did before. Call "
+                "engine.backward(..., retain_graph=True), or compute_gramian and a backward."
+            )
         rows = row_gradients(output, layout, [e.parameter for e in entries])
         for entry, value in zip(entries, rows, strict=True):
             blocks[entry.index] = (
@@ -255,9 +302,19 @@ def _is_batched(owner: Owner, call: ReachedCall, batch: int) -> bool:
     """Whether dimension 0 of all the call's outputs counts the samples, as far as sizes tell."""
     if any(call.batch_of(index) != batch for index in call.edges):
         return False
-    # A closed form takes the call apart by samples: a vector or a broadcast input has none.
+    # A closed form takes the call apart by samples: a vector has none.
     shapes = [call.record.output_shapes[index] for index in call.edges]
-    return owner.rule is None or (not call.broadcast and all(len(s) > 1 for s in shapes))
+    return owner.rule is None or all(len(s) > 1 for s in shapes)
+
+
+def _broadcast(inputs: Any, batch: int) -> Any:
+    """Inputs of batch 1 as if the call had been made with the batch."""
+
+    def expand(leaf: Any) -> Any:
+        single = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1
+        return leaf.expand(batch, *leaf.shape[1:]) if single else leaf
+
+    return tree_map(expand, inputs)
 
 
 def _coarsest_rounding(calls: list[tuple[Owner, ReachedCall]]) -> float:

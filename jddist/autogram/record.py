@@ -93,3 +93,9 @@ class LayerRecord:
     call: CallRecord
     batch: int
     batched: bool
+
+    @property
+    def input(self) -> Tensor:
+        """The input of a layer that has one, under torch's usual name for it."""
+        found: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return found

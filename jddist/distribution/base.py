@@ -8,9 +8,10 @@ same rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Placement, Shard
 from torch.nn.parameter import Parameter
@@ -60,6 +61,28 @@ class Distribution:
         """Reduces gradients that wait for a backward which is not going to take place."""
         return None  # nothing waits without a wrapper
 
+    def takes_gradients(self, parameters: Collection[Parameter]) -> bool:
+        """Whether ``write_gradients`` does for ``parameters`` what a backward would have done.
+
+        The answer has to be the same on every rank.
+        """
+        return False
+
+    def write_gradients(
+        self,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor | None],
+        present: Sequence[bool],
+    ) -> None:
+        """Reduces and accumulates gradients as a backward would have done.
+
+        Args:
+            parameters: The parameters, in an order that is the same on every rank.
+            gradients: This rank's gradients, of the parameters' shapes, or None.
+            present: Whether any rank has a gradient for the parameter.
+        """
+        raise NotImplementedError
+
     def backward_factor(self, placement: Placement) -> float:
         """By what the global weights are multiplied before the wrapper's own reduction.
 
@@ -87,6 +110,17 @@ class Distribution:
             if _attached.get(parameter) is self:
                 del _attached[parameter]
         self.names = WeakIdKeyDictionary()
+
+
+def accumulate(parameter: Parameter, gradient: Tensor) -> None:
+    """Adds to ``.grad`` as autograd does, in the parameter's dtype and layout."""
+    if parameter.grad is not None:
+        parameter.grad.add_(gradient)
+        return
+    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
+        parameter.grad = gradient
+    else:
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def attached_distribution(parameter: Tensor) -> Distribution | None:

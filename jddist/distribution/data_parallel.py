@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import Placement
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import Parameter
 
-from .base import Distribution
+from .base import Distribution, accumulate
 from .collectives import Group
 
 _DELAYED = "_static_graph_delay_allreduce_enqueued"
+# Elements of gradients that are averaged in one message.
+_BUCKET = 1 << 22
 
 
 class DataParallel(Distribution):
@@ -61,6 +64,45 @@ class DataParallel(Distribution):
             elif total.any():
                 parameter.grad = total
 
+    def takes_gradients(self, parameters: Collection[Parameter]) -> bool:
+        """Not with options under which the reducer does more than average, or counts backwards."""
+        return self.divisor == self.group.size and all(
+            _is_ordinary(wrapper)
+            and all(p in parameters for p in wrapper.module.parameters() if p.requires_grad)
+            for wrapper in self.wrappers
+        )
+
+    def write_gradients(
+        self,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor | None],
+        present: Sequence[bool],
+    ) -> None:
+        """As the reducer does: what had accumulated under ``no_sync`` is averaged along."""
+        if not all(wrapper.require_backward_grad_sync for wrapper in self.wrappers):
+            for parameter, gradient, wanted in zip(parameters, gradients, present, strict=True):
+                if gradient is not None:
+                    accumulate(parameter, gradient)
+                elif wanted and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            return
+        for bucket in _buckets(parameters):
+            pieces = []
+            for i in bucket:
+                total, own = parameters[i].grad, gradients[i]
+                if total is None:
+                    total = torch.zeros_like(parameters[i]) if own is None else own
+                elif own is not None:
+                    total = total + own
+                pieces.append(total.to(parameters[i].dtype).reshape(-1))
+            flat = self.group.all_reduce(torch.cat(pieces)) / self.divisor
+            for i, mean in zip(bucket, flat.split([len(p) for p in pieces]), strict=True):
+                parameter, mean = parameters[i], mean.view(parameters[i].shape)
+                if parameter.grad is not None:
+                    parameter.grad.copy_(mean)
+                elif present[i] or mean.any():
+                    accumulate(parameter, mean.clone())
+
     @contextmanager
     def first_pass(self) -> Iterator[None]:
         """With ``static_graph``, the first backward that reaches DDP's outputs makes the reducer
@@ -81,3 +123,38 @@ class DataParallel(Distribution):
         finally:
             for wrapper, value in zip(static, before, strict=True):
                 setattr(wrapper, _DELAYED, value)
+
+
+def _is_ordinary(wrapper: DistributedDataParallel) -> bool:
+    """Whether a backward leaves averages in ``.grad`` and nothing else happens.
+
+    With a static graph the reducer counts on the first backward; with views of its buckets it
+    counts on ``.grad`` to be one; a communication hook or narrow dtypes make the average another.
+    """
+    special = (
+        wrapper.static_graph
+        or wrapper.gradient_as_bucket_view
+        or wrapper.mixed_precision is not None
+        or wrapper.parameters_to_ignore
+        or wrapper._comm_hooks
+        or wrapper._use_python_reducer
+        or wrapper._join_config.enable
+        or wrapper._get_ddp_logging_data().get("comm_hook")
+    )
+    return not special
+
+
+def _buckets(parameters: Sequence[Parameter]) -> Iterator[list[int]]:
+    """Indices of parameters of one dtype and device that are averaged together."""
+    bucket: list[int] = []
+    size = 0
+    for i, parameter in enumerate(parameters):
+        first = parameters[bucket[0]] if bucket else parameter
+        alike = first.dtype == parameter.dtype and first.device == parameter.device
+        if bucket and (not alike or size + parameter.numel() > _BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(i)
+        size += parameter.numel()
+    if bucket:
+        yield bucket

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from jddist.autogram.blocks import JacobianBlock, OuterBlock
+from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock
+from jddist.autogram.blocks.products import mirror_
 
 from .collectives import Group
 from .plan import BlockShape, Scheme, Step
@@ -37,6 +38,8 @@ def describe(blocks: Blocks, *, factors: bool) -> list[BlockShape]:
             shape = BlockShape(
                 "outer", block.positions, block.in_features, block.out_features, shares
             )
+        elif factors and isinstance(block, LookupBlock):
+            shape = BlockShape("lookup", len(block), block.in_features, block.out_features)
         else:
             shape = BlockShape("none" if block is None else "dense")
         shapes.append(shape)
@@ -55,10 +58,11 @@ def local_gramian(blocks: Blocks, num_rows: int, device: torch.device) -> Tensor
             continue
         if is_weight_with_bias(block, after):
             assert isinstance(block, OuterBlock)
-            block = block.with_bias()
-            index += 1
-        total += block.gramian()
-    return total
+            if block.prefers_pairs():  # then the bias is nearly free
+                block = block.with_bias()
+                index += 1
+        block.add_gramian(total)
+    return mirror_(total)
 
 
 def is_weight_with_bias(block: JacobianBlock | None, after: JacobianBlock | None) -> bool:
@@ -201,10 +205,7 @@ def _exchange_factors(
     if block is None or step.lengths[group.rank] == 0:
         flat = torch.zeros(step.lengths[group.rank], dtype=dtype, device=total.device)
     else:
-        assert isinstance(block, OuterBlock)
-        inputs, grads = block.factors()
-        pieces = [grads.reshape(-1)] if inputs is None else [inputs.reshape(-1), grads.reshape(-1)]
-        flat = torch.cat(pieces).to(dtype)
+        flat = _flatten(block, dtype)
     gathered = group.all_gather_uneven(flat, step.lengths)
     starts = [k * sum(batches[:r]) for r in range(group.size + 1)]
     own = _rebuild(gathered[group.rank], step, group.rank, batches, k)
@@ -232,13 +233,35 @@ def _partners(rank: int, size: int) -> list[int]:
     return partners
 
 
+def _flatten(block: JacobianBlock, dtype: torch.dtype) -> Tensor:
+    """A block's factors as one vector."""
+    if isinstance(block, LookupBlock):
+        samples, lines, values = block.entries()
+        numbers = torch.cat([samples, lines])
+        # Whole numbers travel as they are, in the bits of floating-point ones.
+        bits = numbers.to(_integers_like(dtype)).view(dtype)
+        return torch.cat([bits, values.reshape(-1).to(dtype)])
+    assert isinstance(block, OuterBlock)
+    inputs, grads = block.factors()
+    pieces = [grads.reshape(-1)] if inputs is None else [inputs.reshape(-1), grads.reshape(-1)]
+    return torch.cat(pieces).to(dtype)
+
+
 def _rebuild(
     flat: Tensor, step: Step, rank: int, batches: Sequence[int], k: int
-) -> OuterBlock | None:
+) -> JacobianBlock | None:
     b, t = batches[rank], step.positions[rank]
     if b * t == 0:
         return None
+    if step.kind == "lookup":
+        samples, lines = flat[: 2 * t].view(_integers_like(flat.dtype)).long().split(t)
+        values = flat[2 * t :].view(t, k, step.in_features)
+        return LookupBlock(samples, lines, values, b, step.out_features)
     split = b * t * step.in_features
     inputs = flat[:split].view(b, t, step.in_features) if step.in_features else None
     grads = flat[split:].view(b, k, t, step.out_features)
     return OuterBlock(inputs, grads, ones=step.ones)
+
+
+def _integers_like(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if dtype.itemsize == 8 else torch.int32

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch.distributed.tensor import Placement
+from collections.abc import Collection, Sequence
 
-from .base import Distribution
+from torch import Tensor
+from torch.distributed.tensor import Placement
+from torch.nn.parameter import Parameter
+
+from .base import Distribution, accumulate
 from .collectives import Group
 
 
@@ -13,3 +17,16 @@ class Local(Distribution):
 
     def __init__(self, objectives: Placement | None = None) -> None:
         super().__init__(Group(None), objectives)
+
+    def takes_gradients(self, parameters: Collection[Parameter]) -> bool:
+        return True
+
+    def write_gradients(
+        self,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor | None],
+        present: Sequence[bool],
+    ) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                accumulate(parameter, gradient)

@@ -26,10 +26,10 @@ class BlockShape:
     """What a rank says of its block of rows for one parameter.
 
     Attributes:
-        kind: "none", "outer" or "dense".
-        positions: t, for an outer block.
-        in_features: The width of ``a``, 0 for the columns of a bias alone.
-        out_features: The width of ``g``.
+        kind: "none", "outer", "lookup" or "dense".
+        positions: t, for an outer block; the number of entries of a lookup block.
+        in_features: The width of ``a``, 0 for the columns of a bias alone; the width of a table.
+        out_features: The width of ``g``; the number of lines of a table.
         shares_grads: Whether the block has the same ``g`` as the previous parameter's.
     """
 
@@ -49,10 +49,11 @@ class Step:
         scheme: The scheme chosen.
         columns: The number of columns p.
         lengths: For FACTORS, the numbers that each rank contributes (before padding).
-        positions: For FACTORS, each rank's t.
+        positions: For FACTORS, each rank's t, or number of entries.
         in_features: For FACTORS, the width of ``a``.
         out_features: For FACTORS, the width of ``g``.
         ones: For FACTORS, whether the columns of a bias are among them.
+        kind: For FACTORS, the kind of the blocks.
     """
 
     parameters: tuple[int, ...]
@@ -63,6 +64,7 @@ class Step:
     in_features: int = 0
     out_features: int = 0
     ones: bool = False
+    kind: str = "outer"
 
     def elements_sent(self, row_counts: Sequence[int]) -> float:
         """Numbers that the busiest rank sends for this block."""
@@ -139,12 +141,15 @@ def _step(
     if not present:
         return Step(parameters, Scheme.NOTHING, total)
     rows = Step(parameters, Scheme.ROWS, total)
-    features = {(s.in_features, s.out_features) for s in present}
-    if any(shape.kind != "outer" for shape in present) or len(features) > 1:
+    features = {(s.kind, s.in_features, s.out_features) for s in present}
+    if any(shape.kind == "dense" for shape in present) or len(features) > 1:
         return rows
-    ((in_features, out_features),) = features
+    ((kind, in_features, out_features),) = features
     lengths = tuple(
-        b * s.positions * (in_features + k * out_features)
+        # An entry of a lookup block is a sample, a line and the gradients at that line.
+        s.positions * (2 + k * in_features)
+        if kind == "lookup"
+        else b * s.positions * (in_features + k * out_features)
         for b, s in zip(batches, first, strict=True)
     )
     factors = Step(
@@ -155,7 +160,8 @@ def _step(
         tuple(s.positions for s in first),
         in_features,
         out_features,
-        ones=in_features == 0 or len(parameters) == 2,
+        ones=kind == "outer" and (in_features == 0 or len(parameters) == 2),
+        kind=kind,
     )
     row_counts = [b * k for b in batches]
     cheaper = factors.elements_sent(row_counts) <= rows.elements_sent(row_counts)

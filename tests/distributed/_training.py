@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 
 
 class Network(nn.Module):
-    """Dense layers, a layer that only the generic fallback serves, and a layer used twice."""
+    """Dense layers, a norm, and a layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()

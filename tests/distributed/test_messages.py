@@ -66,6 +66,9 @@ def test_instance_wise_messages(world_size: int) -> None:
     norm_columns = 2 * HIDDEN
     gramian = 2 * others / world_size * (total * total + total) * FLOAT
     weights = (2 + total) * FLOAT
+    # The gradients are averaged by a message of the engine's own, in place of the reducer's.
+    parameters = IN * HIDDEN + HIDDEN + 2 * HIDDEN + HIDDEN * OUT + OUT
+    averages = 2 * others / world_size * parameters * FLOAT
     for rank, result in enumerate(run_ranks(_instance_wise, world_size)):
         width = -(-norm_columns // world_size)
         mine = max(0, min(norm_columns, (rank + 1) * width) - min(norm_columns, rank * width))
@@ -79,10 +82,10 @@ def test_instance_wise_messages(world_size: int) -> None:
             ("all_to_all_single", rows),
             ("all_reduce", gramian),
             ("broadcast", weights if rank == 0 else 0),
+            ("all_reduce", averages),
         ]
         assert first[2:] == second[1:]
-        # The norm has no closed form yet; a Linear must never take the fallback.
-        assert set(result["fallback"]) == {"LayerNorm"}
+        assert result["fallback"] == []  # every layer has a closed form
 
 
 def _rows_are_smaller(rank: int, world_size: int) -> list:
@@ -129,7 +132,12 @@ def test_task_wise_messages(world_size: int) -> None:
     gramian = 2 * others / world_size * (tasks * tasks + world_size * tasks) * FLOAT
     for result in run_ranks(_task_wise, world_size):
         exchanged = [e for e in result["engine"][2:] if e[0] != "broadcast"]
-        assert exchanged == [("reduce_scatter", scatter), ("all_reduce", gramian)]
+        averages = 2 * others / world_size * n * FLOAT
+        assert exchanged == [
+            ("reduce_scatter", scatter),
+            ("all_reduce", gramian),
+            ("all_reduce", averages),
+        ]
         gathered = others * (padded // world_size) * FLOAT
         own = [e for e in result["autojac"] if e[0] in ("reduce_scatter", "all_reduce")]
         assert own == [("reduce_scatter", scatter), ("all_reduce", gramian)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "jddist"
-PURE = ("aggregation", "linalg", "scalarization", "autogram/rules", "autogram/blocks.py")
+PURE = ("aggregation", "linalg", "scalarization", "autogram/rules", "autogram/blocks")
 
 
 def _imports(path: Path) -> Iterator[str]:

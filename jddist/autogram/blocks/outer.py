@@ -1,0 +1,311 @@
+"""Rows that are sums of outer products: Linear layers, convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .base import JacobianBlock, TiledBlock, compute_dtype
+from .cost import materialised_flops, pairwise_flops
+from .patches import Patches
+from .products import add_square, bands
+
+
+@dataclass(frozen=True)
+class ColumnOrder:
+    """Where the columns of an outer product belong in the parameter.
+
+    Attributes:
+        shape: The shape of the outer product's columns, of out * in elements.
+        permutation: The order of its dimensions in the parameter.
+    """
+
+    shape: tuple[int, ...]
+    permutation: tuple[int, ...]
+
+    def apply(self, columns: Tensor) -> Tensor:
+        """[..., out * in] in the parameter's order."""
+        lead = columns.shape[:-1]
+        dims = [*range(len(lead)), *(len(lead) + d for d in self.permutation)]
+        return columns.reshape(*lead, *self.shape).permute(dims).reshape(*lead, -1)
+
+
+class OuterBlock(TiledBlock):
+    """Rows that are sums over positions t of outer products g_t a_t^T.
+
+    Args:
+        inputs: ``a`` [b, t, in], or None if the columns of the weight are not wanted.
+        grads: ``g`` [b, k, t, out].
+        ones: Whether the columns of a bias, whose input is the constant one, are wanted too. They
+            come behind those of the weight.
+        order: The order of the weight's columns, if it is not [out, in].
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor | Patches | None,
+        grads: Tensor,
+        ones: bool = False,
+        order: ColumnOrder | None = None,
+    ) -> None:
+        assert inputs is not None or ones
+        assert grads.ndim == 4
+        assert inputs is None or inputs.shape[:2] == (grads.shape[0], grads.shape[2])
+        self._parts: tuple[tuple[Tensor | Patches | None, Tensor], ...] = ((inputs, grads),)
+        self.dtype = compute_dtype(grads)
+        if inputs is not None:
+            self.dtype = torch.promote_types(self.dtype, inputs.dtype)
+        self.ones = ones
+        self._order = order
+        self.batch, self.objectives, _, self.out_features = grads.shape
+        self.in_features = 0 if inputs is None else inputs.shape[2]
+        self.num_rows = self.batch * self.objectives
+        self.num_columns = self.out_features * (self.in_features + int(ones))
+        self.device = grads.device
+        self._kept: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    @property
+    def positions(self) -> int:
+        """The number of positions t over which the outer products are summed."""
+        return sum(grads.shape[2] for _, grads in self._parts)
+
+    def factors(self) -> tuple[Tensor | None, Tensor]:
+        """``a`` [b, t, in] (or None) and ``g`` [b, k, t, out] over all positions."""
+        grads = [g.to(self.dtype) for _, g in self._parts]
+        joined = grads[0] if len(grads) == 1 else torch.cat(grads, dim=2)
+        if not self.in_features:
+            return None, joined
+        inputs = [self._samples(a, 0, self.batch) for a, _ in self._parts]
+        return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1), joined
+
+    def shares_grads(self, other: OuterBlock) -> bool:
+        """Whether both blocks come from the same gradients, as a weight and its bias do."""
+        return len(self._parts) == len(other._parts) and all(
+            mine is theirs for (_, mine), (_, theirs) in zip(self._parts, other._parts, strict=True)
+        )
+
+    def with_bias(self) -> OuterBlock:
+        """This block with the columns of the bias appended."""
+        assert self.in_features and not self.ones
+        block = OuterBlock(*self._parts[0], ones=True, order=self._order)
+        block._parts, block.dtype = self._parts, self.dtype
+        block._scratch = self._scratch
+        return block
+
+    def prefers_pairs(self, other: OuterBlock | None = None) -> bool:
+        """Whether rows are better multiplied pair by pair, without being formed."""
+        two = other or self
+        sizes = (self.batch, self.positions, two.batch, two.positions)
+        dims = (self.objectives, max(self.in_features, 1), self.out_features)
+        own = two is self
+        return pairwise_flops(*sizes, *dims, own=own) <= materialised_flops(*sizes, *dims, own=own)
+
+    def cross(self, other: JacobianBlock) -> Tensor:
+        if other is self:
+            return self.gramian()
+        if not isinstance(other, OuterBlock) or not self._is_like(other):
+            return super().cross(other)
+        if self.prefers_pairs(other):
+            total = torch.zeros(
+                self.num_rows, other.num_rows, dtype=torch.float64, device=self.device
+            )
+            self._add_pairs(total, other)
+            return total
+        return self._cross_rows(other)
+
+    def add_gramian(self, total: Tensor) -> None:
+        if self.prefers_pairs():
+            self._add_pairs(total, self)
+            return
+        if self.in_features:
+            for tile in self._own_tiles():
+                add_square(total, tile)
+        if self.ones:
+            add_square(total, self._bias_rows())
+
+    def rows(self) -> Tensor:
+        pieces = []
+        if self.in_features:
+            weight = self._kept
+            if weight is None:
+                shape = (self.batch, self.objectives, self.out_features, self.in_features)
+                weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+                self.add_tile(weight, 0, self.out_features, first=True)
+                weight = weight.view(self.num_rows, -1)
+            pieces.append(weight if self._order is None else self._order.apply(weight))
+        if self.ones:
+            pieces.append(self._bias_rows())
+        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+    def combine(self, weights: Tensor) -> Tensor:
+        weights = weights.to(self.dtype)
+        shaped = weights.view(self.batch, self.objectives)
+        bias = torch.zeros(self.out_features, dtype=self.dtype, device=self.device)
+        pieces = []
+        if self.in_features and self._kept is not None:
+            pieces.append(self._kept.T @ weights)
+        elif self.in_features:
+            weight = torch.zeros(
+                self.out_features, self.in_features, dtype=self.dtype, device=self.device
+            )
+            for inputs, grads in self._parts:
+                self._add_combined(weight, bias, inputs, grads, shaped)
+            pieces.append(weight.view(-1))
+        if pieces and self._order is not None:
+            pieces = [self._order.apply(pieces[0])]
+        if self.ones:
+            if not self.in_features or self._kept is not None:
+                bias = weights @ self._bias_rows()
+            pieces.append(bias)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def add(self, other: JacobianBlock) -> JacobianBlock | None:
+        if not isinstance(other, OuterBlock) or not self._is_like(other):
+            return None
+        total = OuterBlock(*self._parts[0], ones=self.ones, order=self._order)
+        total._parts = self._parts + other._parts
+        total.dtype = torch.promote_types(self.dtype, other.dtype)
+        return total
+
+    @property
+    def is_plain(self) -> bool:
+        return self.in_features > 0 and not self.ones and self._order is None
+
+    def add_tile(self, target: Tensor, start: int, stop: int, *, first: bool) -> None:
+        lines = self.objectives * (stop - start)
+        for inputs, grads in self._parts:
+            for low, high in self._sample_ranges(inputs):
+                a = self._samples(inputs, low, high)
+                g = grads[low:high, ..., start:stop].to(self.dtype).transpose(2, 3)
+                g = g.reshape(high - low, lines, -1)
+                out = target[low:high].view(high - low, lines, self.in_features)
+                if first:
+                    torch.bmm(g, a, out=out)
+                else:
+                    out.baddbmm_(g, a)
+            first = False
+
+    def release(self) -> None:
+        if self._kept is not None:
+            self.scratch.give_back(self._kept)
+            self._kept = None
+
+    def _is_like(self, other: OuterBlock) -> bool:
+        return (
+            other.in_features == self.in_features
+            and other.out_features == self.out_features
+            and other.ones == self.ones
+            and other._order == self._order
+        )
+
+    def _sample_ranges(self, inputs: Tensor | Patches | None) -> Iterator[tuple[int, int]]:
+        """Cuts the samples into ranges whose patches fit into a tile."""
+        step = self.batch
+        if isinstance(inputs, Patches):
+            step = max(1, self.scratch.tile_elements(self.dtype) // max(1, prod(inputs.shape[1:])))
+        for low in range(0, self.batch, max(1, step)):
+            yield low, min(self.batch, low + step)
+
+    def _samples(self, inputs: Tensor | Patches | None, low: int, high: int) -> Tensor:
+        assert inputs is not None
+        if isinstance(inputs, Patches):
+            whole = (low, high) == (0, self.batch)
+            return inputs.samples(low, high, self.dtype, None if whole else self.scratch)
+        return inputs[low:high].to(self.dtype)
+
+    def _bias_rows(self) -> Tensor:
+        if self._bias is not None:
+            return self._bias
+        sums = [g.sum(dim=2, dtype=self.dtype) for _, g in self._parts]
+        total = sums[0]
+        for more in sums[1:]:
+            total = total + more
+        total = total.reshape(self.num_rows, self.out_features)
+        if self._may_keep:
+            self._bias = total
+        return total
+
+    def _own_tiles(self) -> Iterator[Tensor]:
+        """The weight's columns of all rows, held at once if there is memory for it, or in tiles."""
+        if self._may_keep and self._kept is None:
+            shape = (self.batch, self.objectives, self.out_features, self.in_features)
+            whole = self.scratch.hold(shape, self.dtype, self.device)
+            if whole is not None:
+                self.add_tile(whole, 0, self.out_features, first=True)
+                self._kept = whole.view(self.num_rows, -1)
+        if self._kept is not None:
+            yield self._kept
+        else:
+            yield from self._tiles(self.tile_width(self.num_rows))
+
+    def _cross_rows(self, other: OuterBlock) -> Tensor:
+        total = torch.zeros(self.num_rows, other.num_rows, dtype=torch.float64, device=self.device)
+        if self.in_features:
+            width = self.tile_width(max(self.num_rows, other.num_rows))
+            pairs = zip(self._tiles(width), other._tiles(width, "other rows"), strict=True)
+            for mine, theirs in pairs:
+                total += mine @ theirs.T
+        if self.ones:
+            total += self._bias_rows() @ other._bias_rows().T
+        return total
+
+    def _add_pairs(self, total: Tensor, other: OuterBlock) -> None:
+        """Adds (A A^T + 1 if bias) * (G G^T), summed over pairs of positions, to ``total``."""
+        a1, g1 = self.factors()
+        a2, g2 = (a1, g1) if other is self else other.factors()
+        b1, k, t1, out = g1.shape
+        b2, _, t2, _ = g2.shape
+        left = g1.reshape(-1, out)
+        right = left if other is self else g2.reshape(-1, out)
+        limit = max(1, self.scratch.tile_elements(self.dtype) // max(1, k * k * t1 * b2 * t2))
+        for low, high, end in _bands_of_samples(b1, b2, limit, own=other is self):
+            n = high - low
+            shape = (n * k * t1, end * k * t2)
+            grads = self.scratch.tile("left", shape, self.dtype, self.device)
+            torch.mm(left[low * k * t1 : high * k * t1], right[: end * k * t2].T, out=grads)
+            products = grads.view(n, k, t1, end, k, t2)
+            if a1 is not None and a2 is not None:
+                shape = (n * t1, end * t2)
+                inputs = self.scratch.tile("right", shape, self.dtype, self.device)
+                torch.mm(
+                    a1[low:high].reshape(n * t1, -1), a2[:end].reshape(end * t2, -1).T, out=inputs
+                )
+                if self.ones:
+                    inputs += 1
+                products.mul_(inputs.view(n, 1, t1, end, 1, t2))
+            sums = products[:, :, 0, ..., 0] if t1 * t2 == 1 else products.sum(dim=(2, 5))
+            total[low * k : high * k, : end * k] += sums.reshape(n * k, end * k)
+
+    def _add_combined(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        inputs: Tensor | Patches | None,
+        grads: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """Adds sum_i w_i J_i of one part to ``weight`` [out, in], and to ``bias`` [out]."""
+        for low, high in self._sample_ranges(inputs):
+            a = self._samples(inputs, low, high).reshape(-1, self.in_features)
+            g = grads[low:high].to(self.dtype)
+            if self.objectives == 1:
+                weighted = g[:, 0] * weights[low:high, :, None]
+            else:
+                weighted = torch.einsum("bk,bkto->bto", weights[low:high], g)
+            flat = weighted.reshape(-1, self.out_features)
+            weight.addmm_(flat.T, a)
+            if self.ones:
+                bias += flat.sum(dim=0)
+
+
+def _bands_of_samples(b1: int, b2: int, limit: int, *, own: bool) -> Iterator[tuple[int, int, int]]:
+    """(low, high, end): samples low to high of one set meet samples 0 to end of the other."""
+    for start, stop in bands(b1) if own else [(0, b1)]:
+        for low in range(start, stop, limit):
+            high = min(stop, low + limit)
+            yield low, high, stop if own else b2

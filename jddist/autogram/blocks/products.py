@@ -1,0 +1,30 @@
+"""Squares of tall matrices, half of them by symmetry, added up in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+def bands(size: int) -> Iterator[tuple[int, int]]:
+    """Cuts ``size`` rows into bands, each of which is multiplied with the rows up to its end.
+
+    Narrow bands multiply slowly, wide ones compute more of the upper triangle: two bands save a
+    quarter of the work, four almost 40 %, eight 44 %.
+    """
+    count = 1 if size < 24 else 2 if size < 256 else 4 if size < 768 else 8
+    for i in range(count):
+        yield i * size // count, (i + 1) * size // count
+
+
+def add_square(total: Tensor, rows: Tensor) -> None:
+    """Adds ``rows @ rows.T`` to the lower triangle of ``total`` [m, m]."""
+    for start, stop in bands(len(rows)):
+        total[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
+
+
+def mirror_(total: Tensor) -> Tensor:
+    """Copies the lower triangle onto the upper one, in place."""
+    upper = total.tril(-1).T
+    return total.tril_().add_(upper)

@@ -1,0 +1,123 @@
+"""Convolutions: outer products of patches and gradients, summed over the patches."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..blocks import (
+    ColumnOrder,
+    DenseBlock,
+    JacobianBlock,
+    OuterBlock,
+    Patches,
+    Window,
+    compute_dtype,
+)
+from ..record import LayerRecord
+from .registry import register_rule
+
+_MODES = {"zeros": "constant"}  # the others are named as in torch.nn.functional.pad
+
+
+@register_rule(nn.Conv1d)
+@register_rule(nn.Conv2d)
+@register_rule(nn.Conv3d)
+def convolution(record: LayerRecord) -> dict[str, JacobianBlock] | None:
+    """Blocks of ``weight`` [out, in / groups, *kernel] and ``bias`` [out]."""
+    module = cast(_ConvNd, record.module)
+    images = _images(record, record.input)
+    if images is None:
+        return None
+    window = Window(
+        module.kernel_size,
+        module.stride,
+        module.dilation,
+        _padding(module),
+        _MODES.get(module.padding_mode, module.padding_mode),
+    )
+    grads = _grads(record, module.out_channels)
+    patches = Patches(images, window)
+    blocks: dict[str, JacobianBlock] = {}
+    if module.weight.requires_grad:
+        blocks["weight"] = _weight(patches, grads, module, module.in_channels)
+    if module.bias is not None and module.bias.requires_grad:
+        blocks["bias"] = OuterBlock(None, grads, ones=True)
+    return blocks
+
+
+@register_rule(nn.ConvTranspose1d)
+@register_rule(nn.ConvTranspose2d)
+@register_rule(nn.ConvTranspose3d)
+def transposed_convolution(record: LayerRecord) -> dict[str, JacobianBlock] | None:
+    """Blocks of ``weight`` [in, out / groups, *kernel] and ``bias`` [out].
+
+    The gradient plays the image's part: its patches meet the elements of the input.
+    """
+    module = cast(_ConvTransposeNd, record.module)
+    images = _images(record, record.input)
+    if images is None or module.groups > 1:
+        return None
+    grads = _grads(record, module.out_channels)
+    blocks: dict[str, JacobianBlock] = {}
+    if module.weight.requires_grad:
+        padding = tuple((p, p) for p in cast(tuple[int, ...], module.padding))
+        window = Window(module.kernel_size, module.stride, module.dilation, padding)
+        b, n, channels = images.shape[:3]
+        size = tuple(images.shape[3:])
+        (g,) = record.grads
+        assert g is not None
+        k = g.shape[0]
+        shape = (b, k * n, module.out_channels, *g.shape[-len(size) :])
+        pictures = g.reshape(k, b, n, *shape[2:]).transpose(0, 1).reshape(shape)
+        patches = Patches(pictures, window, size).samples(0, b, compute_dtype(g))
+        patches = patches.view(b, k, -1, patches.shape[2])
+        inputs = images.flatten(3).transpose(2, 3).reshape(b, -1, channels)
+        order = ColumnOrder((prod(window.kernel), module.out_channels, channels), (2, 1, 0))
+        blocks["weight"] = OuterBlock(inputs, patches, order=order)
+    if module.bias is not None and module.bias.requires_grad:
+        blocks["bias"] = OuterBlock(None, grads, ones=True)
+    return blocks
+
+
+def _weight(patches: Patches, grads: Tensor, module: _ConvNd, channels: int) -> JacobianBlock:
+    taps, groups, out = prod(module.kernel_size), module.groups, module.out_channels
+    if groups == 1:
+        order = None if taps == 1 else ColumnOrder((out, taps, channels), (0, 2, 1))
+        return OuterBlock(patches, grads, order=order)
+    b, k, t, _ = grads.shape
+    dtype = torch.promote_types(compute_dtype(grads), patches.dtype)
+    a = patches.samples(0, b, dtype).view(b, t, taps, groups, -1)
+    g = grads.to(dtype).reshape(b, k, t, groups, -1)
+    rows = torch.einsum("bkpgo,bptgc->bkgoct", g, a)
+    return DenseBlock(rows.reshape(b * k, -1))
+
+
+def _images(record: LayerRecord, x: Tensor) -> Tensor | None:
+    """[b, n, channels, *size], or None if the call has no dimension for the samples."""
+    dims = len(cast(_ConvNd, record.module).kernel_size)
+    if x.ndim == dims + 1:
+        return None if record.batched else x[None, None]
+    return x.unsqueeze(1) if record.batched else x.unsqueeze(0)
+
+
+def _grads(record: LayerRecord, channels: int) -> Tensor:
+    """[b, k, n * positions, channels]."""
+    (grads,) = record.grads
+    assert grads is not None
+    dims = len(cast(_ConvNd, record.module).kernel_size)
+    positions = grads.shape[grads.ndim - dims :].numel()
+    shape = (grads.shape[0], record.batch, -1, channels, positions)
+    g = grads.reshape(shape).transpose(0, 1)  # [b, k, n, channels, positions]
+    return g.transpose(3, 4).flatten(2, 3)
+
+
+def _padding(module: _ConvNd) -> tuple[tuple[int, int], ...]:
+    """Before and after each spatial dimension, whatever way it was given."""
+    flat = module._reversed_padding_repeated_twice
+    pairs = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+    return tuple(reversed(pairs))
