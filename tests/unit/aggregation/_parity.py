@@ -147,11 +147,18 @@ def table(methods: Sequence[Method]) -> str:
     lines = [header, "-" * len(header)]
     for method in methods:
         outcome = summarize(method)
-        differences = " ".join(f"{outcome.largest[dtype]:9.1e}" for dtype in DTYPES)
-        counts = f"{outcome.compared:8} {len(outcome.exclusions):8}"
+        differences = [outcome.largest[dtype] for dtype in DTYPES]
         failed = f"  {len(outcome.failures)} FAILED" if outcome.failures else ""
-        lines.append(f"{method.label:24} {counts} {differences}{failed}")
+        lines.append(
+            row(method.label, outcome.compared, len(outcome.exclusions), differences) + failed
+        )
     return "\n".join(lines)
+
+
+def row(label: str, compared: int, excluded: int, differences: Sequence[float]) -> str:
+    """A line of the table."""
+    largest = " ".join(f"{difference:9.1e}" for difference in differences)
+    return f"{label:24} {compared:8} {excluded:8} {largest}"
 
 
 def _compare_cell(
