@@ -8,8 +8,9 @@ Gramian; a weighting runs on rank 0; the weighted losses go back through the use
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
 from . import global_pass
+from .accumulation import Accumulation, Joined, MicroBatch, stack_blocks
 from .blocks import DEFAULT_BUDGET, Scratch
 from .book_keeping import Books, agreed, combined, differentiated, no_hooks
 from .capture import Capture, paused
@@ -36,6 +38,18 @@ from .parameters import ParameterTable, build_table, scope_of
 from .refusals import check_modules
 
 Weigher = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class _Local:
+    """What this rank brings to a call: its rows, and what to tell the others."""
+
+    layout: OutputLayout | None = None
+    dtype: torch.dtype = torch.float32
+    blocks: Blocks = field(default_factory=list)
+    agree: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    books: Books = Books.NO
 
 
 class Engine:
@@ -104,10 +118,8 @@ class Engine:
             [owner.module for owner in self._table.owners],
             [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
         )
-        scratch = Scratch(memory_budget)
-        self._local_pass = LocalPass(self._table, batch_dim is not None, scratch)
-        # Two batches have no batch dimension in common: one backward pass per objective.
-        self._joint_pass = LocalPass(self._table, False, scratch)
+        self._local_pass = LocalPass(self._table, batch_dim is not None, Scratch(memory_budget))
+        self._accumulation: Accumulation | None = None
         self._layout: GlobalLayout | None = None
         self._dtype = torch.float32
         self._books = Books.NO
@@ -169,9 +181,8 @@ class Engine:
     ) -> Tensor:
         """The matrix J1 J2ᵀ of two batches' objectives, as MoDo and SDMGrad need it.
 
-        Both batches have to go through the model before this call. It takes one backward pass per
-        objective, with or without a ``batch_dim``. The weights that it leads to belong to a step of
-        its own: ``engine.backward(losses, weights)``.
+        Both batches have to go through the model before this call. The weights that it leads to
+        belong to a step of its own: ``engine.backward(losses, weights)``.
 
         Args:
             first: This rank's objectives of the first batch, with their graph (which is kept).
@@ -185,8 +196,15 @@ class Engine:
         Raises:
             The errors of ``compute_gramian``; NonFiniteObjectiveError also if ``nonfinite="skip"``.
         """
-        layout, blocks, infos = self._prepare("Engine.cross_gramian", (first, second), counts)
-        joint = JointOutput.of(first, second, self._batch_dim)
+        joint: JointOutput | None = None
+
+        def local() -> _Local:
+            nonlocal joint
+            joint = JointOutput.of(first, second, self._layout_of(first), self._layout_of(second))
+            return self._local_pair(joint, counts)
+
+        layout, blocks, infos = self._agree("Engine.cross_gramian", local)
+        assert joint is not None
         parts = global_pass.gramian(self._distribution, layout, blocks, joint.output, self._table)
         self._layout = None
         if not parts.finite:
@@ -270,12 +288,15 @@ class Engine:
             retain_graph: Whether to keep the graph.
 
         Returns:
-            The weights of all objectives.
+            The weights of all objectives. Within ``accumulate`` an empty tensor: they are known at
+            its end.
 
         Raises:
             The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched,
             and the graph may be freed.
         """
+        if self._accumulation is not None:
+            return self._accumulate_batch(output, weighting_or_weights, count)
         blocks: Blocks = []
         try:
             if isinstance(weighting_or_weights, Tensor):
@@ -294,6 +315,88 @@ class Engine:
                 if block is not None:
                     block.release()
         return weights
+
+    @contextmanager
+    def accumulate(self) -> Iterator[Accumulation]:
+        """Within this context, the batches given to ``backward`` join one Gramian.
+
+        They count as if they were further ranks: with ``Shard(0)`` their objectives are
+        concatenated, with ``Partial`` their estimates are added or averaged (over all samples if
+        ``count`` is given, else over all batches of all ranks). At the end of the context the
+        weighting runs once, and the weighted gradients go back through the batches' graphs, which
+        are freed. Gradients are those of the whole batch, not a sum or mean over micro-batches::
+
+            with engine.accumulate() as accumulation:
+                for x, y in micro_batches:
+                    engine.backward(criterion(model(x), y), weighting)
+            accumulation.weights  # of all objectives
+
+        Until then all batches' graphs stay in memory, and what the closed forms keep of them: of a
+        layer its inputs and the gradients of its outputs; with ``Partial`` also m times the
+        parameters. On several ranks, rows of ``Shard(0)`` are exchanged in full. Every rank has to
+        enter with at least one batch, which may be empty.
+
+        Yields:
+            What holds the weights, once the context has ended.
+
+        Raises:
+            The errors of ``compute_gramian`` and ``compute_weights``, at the end of the context.
+            What is raised within the context passes through, and reaches the other ranks there.
+        """
+        if self._accumulation is not None:
+            raise RuntimeError(
+                "Found engine.accumulate() inside of engine.accumulate(); expected one. Give all "
+                "batches to the outer one."
+            )
+        accumulation = self._accumulation = Accumulation()
+        try:
+            yield accumulation
+        except Exception as error:
+            self._accumulation = None
+            try:
+                self._join(accumulation, error)
+            except Exception:
+                pass  # for the other ranks; here the first error counts
+            raise
+        finally:
+            self._accumulation = None
+        self._join(accumulation, None)
+
+    def _join(self, accumulation: Accumulation, error: Exception | None) -> None:
+        """The step of all accumulated batches; what failed before fails on every rank."""
+        joined: Joined | None = None
+
+        def local() -> _Local:
+            nonlocal joined
+            if error is not None:
+                raise error
+            joined = accumulation.joined(self._placement)
+            return self._local_joined(joined)
+
+        layout, blocks, _ = self._agree("Engine.accumulate", local)
+        assert joined is not None
+        gramian = self._gramian(joined.output, layout, blocks)
+        weights = accumulation.weights = self.compute_weights(gramian, accumulation.weighting)
+        if self._skip:
+            entries = self._table.trainable
+            self._distribution.reduce_accumulated([e.parameter for e in entries])
+            return
+        local_weights = joined.weights_of_batches(self.local_weights(weights))
+        torch.autograd.backward(joined.outputs, local_weights)
+        self._capture.release_passed()
+
+    def _accumulate_batch(
+        self, output: Tensor, weighting: Weigher | Tensor, count: Count | None
+    ) -> Tensor:
+        assert self._accumulation is not None
+        layout = self._layout_of(output)
+        self._check_modules()
+        with self._distribution.first_pass():
+            blocks = self._local_pass.blocks(output, layout)
+        counts = self._rows_of_count(count, layout)
+        batch = MicroBatch(output, layout, blocks, counts, self._local_pass.samples)
+        self._accumulation.add(batch, weighting)
+        return output.new_empty(0)
 
     def _write_gradients(
         self, output: Tensor, blocks: Blocks, weights: Tensor, retain_graph: bool
@@ -341,70 +444,106 @@ class Engine:
             step: Whether the weighted gradient is to come from the blocks, if that is possible.
             retain_graph: Whether to keep the graph even so.
         """
-        layout, blocks, _ = self._prepare(call, (output,), (count,), weights, step, retain_graph)
+
+        def local() -> _Local:
+            return self._local(output, count, weights, step, retain_graph)
+
+        layout, blocks, _ = self._agree(call, local)
         return layout, blocks
 
-    def _prepare(
-        self,
-        call: str,
-        outputs: tuple[Tensor] | tuple[Tensor, Tensor],
-        counts: tuple[Count | None, ...] | None,
-        weights: Tensor | None = None,
-        step: bool = False,
-        retain_graph: bool = True,
+    def _agree(
+        self, call: str, find_local: Callable[[], _Local]
     ) -> tuple[GlobalLayout, Blocks, list[dict[str, Any]]]:
-        """``prepare`` for one output or for two, and what every rank told."""
+        """The layout that follows from what all ranks found, and what every rank told."""
         error: Exception | None = None
-        books = Books.NO
-        blocks: Blocks = []
-        agree: dict[str, Any] = {}
-        info: dict[str, Any] = {}
+        local = _Local()
         try:
-            layouts = [OutputLayout.of(output, self._batch_dim) for output in outputs]
-            for output in outputs:
-                self._check_output(output)
             self._check_modules()
-            known = [
-                self._rows_of_count(count, layout)
-                for count, layout in zip(counts or (None,) * len(outputs), layouts, strict=True)
-            ]
-            count = None if None in known else [c for rows in known for c in rows or ()]
-            local_pass, output, layout = self._local_pass, outputs[0], layouts[0]
-            if len(outputs) == 2:
-                local_pass = self._joint_pass
-                output = JointOutput.of(*outputs, self._batch_dim).output
-                layout = OutputLayout.of(output, None)
-            agree = global_pass.must_agree(
-                self._table, outputs, layouts, self._placement, count is not None
-            )
-            if weights is not None:
-                agree["shape of the weights"] = list(weights.shape)
-            else:
-                trainable = self._table.trainable
-                taken = step and self._distribution.takes_gradients(
-                    {entry.parameter for entry in trainable}
-                )
-                agree["whether gradients are handed over"] = taken
-                taken = taken and no_hooks(trainable, self._scope)
-                free = taken and not retain_graph and count is None
-                with self._distribution.first_pass():
-                    blocks = local_pass.blocks(
-                        output, layout, keep=taken and retain_graph, free=free
-                    )
-                if taken and local_pass.accounted:
-                    rows = local_pass.freed or (retain_graph and count is None)
-                    books = Books.ROWS if rows else Books.GRADIENTS
-            info = global_pass.to_tell(blocks, layout, count, local_pass.samples)
-            info["both"] = [part.size for part in layouts]
-            info["books"] = [int(books), int(local_pass.freed)]
+            local = find_local()
         except Exception as failure:  # it is raised again on every rank, by the handshake
             error = failure
-        infos = self._distribution.handshake(call, agree, info, error)
-        self._dtype = output.dtype
+        infos = self._distribution.handshake(call, local.agree, local.info, error)
+        assert local.layout is not None
+        self._dtype = local.dtype
         self._warn_if_uneven(infos)
-        self._books = agreed([info["books"] for info in infos], books)
+        self._books = agreed([info["books"] for info in infos], local.books)
         rank = self._distribution.group.rank
-        return GlobalLayout.of(layout, infos, rank, self._placement), blocks, infos
+        layout = GlobalLayout.of(local.layout, infos, rank, self._placement)
+        return layout, local.blocks, infos
+
+    def _local(
+        self,
+        output: Tensor,
+        count: Count | None,
+        weights: Tensor | None,
+        step: bool,
+        retain_graph: bool,
+    ) -> _Local:
+        """What this rank finds for its part of one output."""
+        layout = self._layout_of(output)
+        counts = self._rows_of_count(count, layout)
+        local = self._described(layout, [output], [layout], counts is not None)
+        if weights is not None:
+            local.agree["shape of the weights"] = list(weights.shape)
+        else:
+            trainable = self._table.trainable
+            taken = step and self._distribution.takes_gradients({e.parameter for e in trainable})
+            local.agree["whether gradients are handed over"] = taken
+            taken = taken and no_hooks(trainable, self._scope)
+            free = taken and not retain_graph and counts is None
+            with self._distribution.first_pass():
+                local.blocks = self._local_pass.blocks(
+                    output, layout, keep=taken and retain_graph, free=free
+                )
+            if taken and self._local_pass.accounted:
+                rows = self._local_pass.freed or (retain_graph and counts is None)
+                local.books = Books.ROWS if rows else Books.GRADIENTS
+        local.info = global_pass.to_tell(local.blocks, layout, counts, self._local_pass.samples)
+        local.info["books"] = [int(local.books), int(self._local_pass.freed)]
+        return local
+
+    def _local_pair(self, joint: JointOutput, counts: tuple[Count, Count] | None) -> _Local:
+        """What this rank finds for two outputs, as one vector of objectives."""
+        layout = OutputLayout.of(joint.output, None)
+        known: list[float] | None = None if counts is None else []
+        for part, count in zip((joint.first, joint.second), counts or (), strict=False):
+            known = (known or []) + (self._rows_of_count(count, part) or [])
+        parts = (joint.first, joint.second)
+        local = self._described(layout, joint.outputs, parts, counts is not None)
+        with self._distribution.first_pass():
+            blocks = [
+                self._local_pass.blocks(output, part)
+                for output, part in zip(joint.outputs, parts, strict=True)
+            ]
+        local.blocks = stack_blocks(blocks, [part.num_rows for part in parts])
+        local.info = global_pass.to_tell(local.blocks, layout, known, self._local_pass.samples)
+        local.info |= {"books": [int(Books.NO), 0], "both": [part.size for part in parts]}
+        return local
+
+    def _local_joined(self, joined: Joined) -> _Local:
+        """What this rank found for several batches."""
+        layout = joined.layout
+        local = self._described(layout, [joined.output], [layout], joined.count is not None)
+        local.blocks = joined.blocks
+        local.info = global_pass.to_tell(joined.blocks, layout, joined.count, joined.samples)
+        local.info["books"] = [int(Books.NO), 0]
+        return local
+
+    def _described(
+        self,
+        layout: OutputLayout,
+        outputs: Sequence[Tensor],
+        layouts: Sequence[OutputLayout],
+        has_count: bool,
+    ) -> _Local:
+        agree = global_pass.must_agree(self._table, outputs, layouts, self._placement, has_count)
+        return _Local(layout, outputs[0].dtype, agree=agree)
+
+    def _layout_of(self, output: Tensor) -> OutputLayout:
+        """The layout of an output that can be differentiated, else ValueError."""
+        layout = OutputLayout.of(output, self._batch_dim)
+        self._check_output(output)
+        return layout
 
     def _check_output(self, output: Tensor) -> None:
         sharded = is_sharded(self._placement)

@@ -11,27 +11,29 @@ from torch import Tensor
 from .layout import OutputLayout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JointOutput:
     """The objectives of two batches, one after the other in a vector.
 
     Attributes:
-        output: The vector [m1 + m2] of this rank's objectives, with the graphs of both.
+        output: The vector [m1 + m2] of this rank's objectives.
+        outputs: Both outputs, with their graphs.
         first: The layout of the first output.
         second: The layout of the second output.
     """
 
     output: Tensor
+    outputs: tuple[Tensor, Tensor]
     first: OutputLayout
     second: OutputLayout
 
     @staticmethod
-    def of(first: Tensor, second: Tensor, batch_dim: int | None) -> JointOutput:
-        """Raises ValueError if an output has no dimension ``batch_dim``."""
-        layouts = OutputLayout.of(first, batch_dim), OutputLayout.of(second, batch_dim)
-        return JointOutput(
-            torch.cat([layouts[0].rows_of(first), layouts[1].rows_of(second)]), *layouts
-        )
+    def of(
+        first: Tensor, second: Tensor, first_layout: OutputLayout, second_layout: OutputLayout
+    ) -> JointOutput:
+        """Joins two outputs, given their layouts."""
+        rows = [first_layout.rows_of(first.detach()), second_layout.rows_of(second.detach())]
+        return JointOutput(torch.cat(rows), (first, second), first_layout, second_layout)
 
     def cross(self, gramian: Tensor, sizes: Sequence[Sequence[int]] | None) -> Tensor:
         """The block J1 J2ᵀ of the Gramian of both, in the shape of a generalized Gramian.
