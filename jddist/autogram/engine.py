@@ -58,7 +58,7 @@ class Engine:
             other. By default it is found from the modules' wrapper.
         memory_budget: Bytes that intermediate results and rows held for the weighted gradient may
             take, besides the inputs of the layers and the gradients of their outputs. Less is
-            slower: rows are then formed in smaller tiles, or twice. 256 MiB by default.
+            slower: rows are then formed in smaller tiles, or twice. 96 MiB by default.
         nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
             NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
 
