@@ -32,6 +32,7 @@ from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
 from .refusals import check_modules
+from .rules import replays
 
 Weigher = Callable[[Tensor], Tensor]
 
@@ -100,7 +101,7 @@ class Engine:
         self._check_modules()
         self._capture = Capture(
             [owner.module for owner in self._table.owners],
-            [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
+            [o.module for o in self._table.owners if replays(o.rule, batch_dim is not None)],
         )
         self._local_pass = LocalPass(self._table, batch_dim is not None, Scratch(memory_budget))
         self._layout: GlobalLayout | None = None
