@@ -99,6 +99,8 @@ class OuterBlock(TiledBlock):
 
     def prefers_pairs(self, other: OuterBlock | None = None) -> bool:
         """Whether rows are better multiplied pair by pair, without being formed."""
+        if not self._parts:
+            return False  # all that is left are the rows
         two = other or self
         sizes = (self.batch, self.positions, two.batch, two.positions)
         dims = (self.objectives, max(self.in_features, 1), self.out_features)
@@ -109,6 +111,8 @@ class OuterBlock(TiledBlock):
         if other is self:
             return self.gramian()
         if not isinstance(other, OuterBlock) or not self._is_like(other):
+            return super().cross(other)
+        if not self._parts or not other._parts:
             return super().cross(other)
         if self.prefers_pairs(other):
             total = torch.zeros(

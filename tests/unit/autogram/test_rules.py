@@ -151,6 +151,44 @@ def test_convolution(
     check(layer, _normal(b, *shape), batch_dim, k)
 
 
+@settings(max_examples=15)
+@given(
+    kernel=st.sampled_from([(3, 3), (1, 2), (2, 1)]),
+    stride=st.sampled_from([1, 2]),
+    padding=st.sampled_from([0, 1, (1, 0)]),
+    dilation=st.sampled_from([1, 2]),
+    b=st.sampled_from([1, 5, 16, 19]),  # more than one convolution has groups for
+    bias=st.booleans(),
+    budget=st.sampled_from([0, 1 << 26]),
+)
+def test_convolution_of_many_channels_in_float32(
+    kernel: tuple[int, int],
+    stride: int,
+    padding: Any,
+    dilation: int,
+    b: int,
+    bias: bool,
+    budget: int,
+) -> None:
+    """Rows that the library's own kernels form, group by group."""
+    layer = nn.Conv2d(16, 8, kernel, stride, padding, dilation, bias=bias)
+    engine = Engine(layer, batch_dim=0, memory_budget=budget)
+    parameters = list(layer.parameters())
+    for _ in range(STEPS):
+        layer.zero_grad()
+        output = layer(torch.randn(b, 16, 6, 7)).flatten(1)
+        losses = (output * torch.randn(output.shape)).sum(1)
+        expected = gramian(losses, parameters)
+        weights = torch.randn(b)
+        gradient = weighted_gradient(losses, weights, parameters)
+        found: list[Tensor] = []
+        with _rules_only():
+            engine.backward(losses, lambda g, w=weights, kept=found: kept.append(g) or w)
+        # Sums of some hundred float32 products, in another order.
+        assert relative_error(found[0], expected) <= 1e-5
+        assert relative_error(flat_grad(parameters), gradient) <= 1e-5
+
+
 @st.composite
 def transposed_convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     dims = draw(st.integers(1, 3))
