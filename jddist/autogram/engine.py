@@ -36,6 +36,7 @@ from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
 from .refusals import check_modules
+from .rules import replays
 
 Weigher = Callable[[Tensor], Tensor]
 
@@ -74,7 +75,7 @@ class Engine:
             other. By default it is found from the modules' wrapper.
         memory_budget: Bytes that intermediate results and rows held for the weighted gradient may
             take, besides the inputs of the layers and the gradients of their outputs. Less is
-            slower: rows are then formed in smaller tiles, or twice. 256 MiB by default.
+            slower: rows are then formed in smaller tiles, or twice. 96 MiB by default.
         nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
             NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
 
@@ -116,7 +117,7 @@ class Engine:
         self._check_modules()
         self._capture = Capture(
             [owner.module for owner in self._table.owners],
-            [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
+            [o.module for o in self._table.owners if replays(o.rule, batch_dim is not None)],
         )
         self._local_pass = LocalPass(self._table, batch_dim is not None, Scratch(memory_budget))
         self._accumulation: Accumulation | None = None

@@ -27,6 +27,8 @@ def check_modules(scope: Mapping[nn.Module, str], *, batched: bool, num_ranks: i
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
             _check_scaled_by_frequency(module, name, num_ranks)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            _check_renormalised(module, name, num_ranks)
         if isinstance(module, _BatchNorm) and module.training:
             _check_batch_norm(module, name, batched, num_ranks)
         elif batched and isinstance(module, nn.RNNBase):
@@ -54,6 +56,15 @@ def _check_scaled_by_frequency(module: nn.Module, name: str, num_ranks: int) -> 
             f"Found module '{name}' ({type(module).__name__}) with scale_grad_by_freq=True on "
             f"{num_ranks} ranks; expected gradients that do not depend on how the batch is split "
             "over the ranks. Use scale_grad_by_freq=False."
+        )
+
+
+def _check_renormalised(module: nn.Module, name: str, num_ranks: int) -> None:
+    if num_ranks > 1:
+        raise UnsupportedModelError(
+            f"Found module '{name}' ({type(module).__name__}) with max_norm on {num_ranks} ranks; "
+            "expected parameters that stay the same on all ranks, and each rank shortens the lines "
+            "that it reads. Use max_norm=None and clip the lines after the optimizer's step."
         )
 
 

@@ -99,6 +99,8 @@ class OuterBlock(TiledBlock):
 
     def prefers_pairs(self, other: OuterBlock | None = None) -> bool:
         """Whether rows are better multiplied pair by pair, without being formed."""
+        if not self._parts:
+            return False  # all that is left are the rows
         two = other or self
         sizes = (self.batch, self.positions, two.batch, two.positions)
         dims = (self.objectives, max(self.in_features, 1), self.out_features)
@@ -109,6 +111,8 @@ class OuterBlock(TiledBlock):
         if other is self:
             return self.gramian()
         if not isinstance(other, OuterBlock) or not self._is_like(other):
+            return super().cross(other)
+        if not self._parts or not other._parts:
             return super().cross(other)
         if self.prefers_pairs(other):
             total = torch.zeros(
@@ -179,6 +183,12 @@ class OuterBlock(TiledBlock):
     def add_tile(self, target: Tensor, start: int, stop: int, *, first: bool) -> None:
         lines = self.objectives * (stop - start)
         for inputs, grads in self._parts:
+            if isinstance(inputs, Patches) and inputs.convolves:
+                for samples, rows in inputs.row_tiles(grads[:, 0, :, start:stop], target):
+                    out = target[samples, 0]
+                    out.copy_(rows) if first else out.add_(rows)
+                first = False
+                continue
             for low, high in self._sample_ranges(inputs):
                 a = self._samples(inputs, low, high)
                 g = grads[low:high, ..., start:stop].to(self.dtype).transpose(2, 3)
@@ -194,6 +204,12 @@ class OuterBlock(TiledBlock):
         if self._kept is not None:
             self.scratch.give_back(self._kept)
             self._kept = None
+
+    def _forget_factors(self) -> None:
+        """Lets go of the factors once all columns are held as rows."""
+        held = not self.in_features or self._kept is not None
+        if held and (not self.ones or self._bias is not None):
+            self._parts = ()
 
     def _is_like(self, other: OuterBlock) -> bool:
         return (
@@ -229,6 +245,7 @@ class OuterBlock(TiledBlock):
         total = total.reshape(self.num_rows, self.out_features)
         if self._may_keep:
             self._bias = total
+            self._forget_factors()
         return total
 
     def _own_tiles(self) -> Iterator[Tensor]:
@@ -239,6 +256,7 @@ class OuterBlock(TiledBlock):
             if whole is not None:
                 self.add_tile(whole, 0, self.out_features, first=True)
                 self._kept = whole.view(self.num_rows, -1)
+                self._forget_factors()
         if self._kept is not None:
             yield self._kept
         else:
@@ -291,6 +309,12 @@ class OuterBlock(TiledBlock):
         weights: Tensor,
     ) -> None:
         """Adds sum_i w_i J_i of one part to ``weight`` [out, in], and to ``bias`` [out]."""
+        if isinstance(inputs, Patches) and inputs.convolves:
+            weighted = grads[:, 0] * weights[:, :, None]
+            weight += inputs.combined(weighted)
+            if self.ones:
+                bias += weighted.sum(dim=(0, 1))
+            return
         for low, high in self._sample_ranges(inputs):
             a = self._samples(inputs, low, high).reshape(-1, self.in_features)
             g = grads[low:high].to(self.dtype)

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-DEFAULT_BUDGET = 256 << 20
+DEFAULT_BUDGET = 96 << 20
 """The default of ``memory_budget``, in bytes."""
 
 # Elements of a tile: large enough for efficient products, small beside a model.
@@ -30,7 +30,7 @@ class Scratch:
 
     def tile_elements(self, dtype: torch.dtype) -> int:
         """How many elements a tile should have at most."""
-        return max(1, min(_TILE, self._budget // (8 * dtype.itemsize)))
+        return max(1, min(_TILE, self._budget // (6 * dtype.itemsize)))
 
     def tile(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -55,13 +55,12 @@ class Scratch:
                 self._held += buffer.nbytes
                 return self._free.pop(i).view(shape)
         needed = size * dtype.itemsize
-        # A quarter of the budget is for tiles, of which two or three have the full size.
-        if self._held + needed > self._budget - self._budget // 4:
+        # Half of the budget is for tiles, of which up to three have the full size.
+        limit = self._budget // 2
+        if self._held + needed > limit:
             return None
-        while self._held + needed + sum(b.nbytes for b in self._free) > self._budget:
-            if not self._free:
-                break
-            self._free.pop(0)  # held for batches of another size
+        while self._free and self._held + needed + sum(b.nbytes for b in self._free) > limit:
+            self._free.pop(0)  # it was for a batch of another size
         self._held += needed
         return torch.empty(shape, dtype=dtype, device=device)
 

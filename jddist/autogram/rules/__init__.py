@@ -1,6 +1,13 @@
 """Layer rules: from one call of a layer to the rows of its parameters."""
 
-from . import convolution, embedding, linear, norm, prelu  # noqa: F401  (register their rules)
-from .registry import Rule, find_rule, register_rule
+from . import (  # noqa: F401  (they register their rules)
+    attention,
+    convolution,
+    embedding,
+    linear,
+    norm,
+    prelu,
+)
+from .registry import Rule, find_rule, register_rule, replays
 
-__all__ = ["Rule", "find_rule", "register_rule"]
+__all__ = ["Rule", "find_rule", "register_rule", "replays"]

@@ -41,7 +41,10 @@ def convolution(record: LayerRecord) -> dict[str, JacobianBlock] | None:
         _MODES.get(module.padding_mode, module.padding_mode),
     )
     grads = _grads(record, module.out_channels)
-    patches = Patches(images, window)
+    convolves = module.groups == 1 and Patches.can_convolve(
+        images, window, grads.shape[1], grads.dtype
+    )
+    patches = Patches(images, window, convolves=convolves)
     blocks: dict[str, JacobianBlock] = {}
     if module.weight.requires_grad:
         blocks["weight"] = _weight(patches, grads, module, module.in_channels)
@@ -87,7 +90,8 @@ def transposed_convolution(record: LayerRecord) -> dict[str, JacobianBlock] | No
 def _weight(patches: Patches, grads: Tensor, module: _ConvNd, channels: int) -> JacobianBlock:
     taps, groups, out = prod(module.kernel_size), module.groups, module.out_channels
     if groups == 1:
-        order = None if taps == 1 else ColumnOrder((out, taps, channels), (0, 2, 1))
+        natural = taps == 1 or patches.convolves
+        order = None if natural else ColumnOrder((out, taps, channels), (0, 2, 1))
         return OuterBlock(patches, grads, order=order)
     b, k, t, _ = grads.shape
     dtype = torch.promote_types(compute_dtype(grads), patches.dtype)

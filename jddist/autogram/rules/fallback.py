@@ -71,7 +71,7 @@ def vjp_rows(record: LayerRecord, paths: list[str]) -> dict[str, JacobianBlock]:
             return {path: value.unsqueeze(0) for path, value in only.items()}
         return torch.func.vmap(row, randomness="error")(grads)
 
-    with paused(), _as_recorded(record.call), warnings.catch_warnings():
+    with paused(), as_recorded(record.call), warnings.catch_warnings():
         # vmap announces operators that it has to loop over; the result is the same.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         per_sample = torch.func.vmap(rows_of_sample, in_dims=(0, 1), randomness="different")
@@ -109,7 +109,7 @@ def _swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _as_recorded(call: CallRecord) -> Iterator[None]:
+def as_recorded(call: CallRecord) -> Iterator[None]:
     """The autocast state and random numbers of the recorded call, undone afterwards."""
     now = None if call.rng is None else _current_rng(call.rng)
     autocast = call.autocast

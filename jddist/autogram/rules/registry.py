@@ -24,7 +24,12 @@ _rules_by_name: dict[str, Rule] = {}
 _HARMLESS = {"__init__", "__setstate__", "__repr__", "extra_repr", "reset_parameters"}
 
 
-def register_rule(layer: type[nn.Module], *, overwrite: bool = False) -> Callable[[Rule], Rule]:
+_replaying: set[Rule] = set()
+
+
+def register_rule(
+    layer: type[nn.Module], *, overwrite: bool = False, replays: bool = False
+) -> Callable[[Rule], Rule]:
     """Registers a closed-form rule for a layer class and for the subclasses that keep its forward.
 
     The decorated function gets a :class:`LayerRecord` and returns, for each of the layer's direct
@@ -35,6 +40,7 @@ def register_rule(layer: type[nn.Module], *, overwrite: bool = False) -> Callabl
     Args:
         layer: The class of layers that the rule serves.
         overwrite: Whether to replace a rule that is already registered for this very class.
+        replays: Whether the rule repeats random numbers of the call: they are then recorded.
 
     Raises:
         ValueError: A rule is already registered and ``overwrite`` is False.
@@ -47,6 +53,8 @@ def register_rule(layer: type[nn.Module], *, overwrite: bool = False) -> Callabl
                 "overwrite=True to replace it."
             )
         _rules[layer] = rule
+        if replays:
+            _replaying.add(rule)
         return rule
 
     return decorate
@@ -64,6 +72,12 @@ def register_rule_by_name(name: str) -> Callable[[Rule], Rule]:
         return rule
 
     return decorate
+
+
+def replays(rule: Rule | None, batched: bool) -> bool:
+    """Whether a rule (or for None the fallback, in an engine with a batch dimension) repeats the
+    random numbers of a call."""
+    return batched if rule is None else rule in _replaying
 
 
 def find_rule(module: nn.Module) -> Rule | None:

@@ -52,6 +52,7 @@ def check(
     make: Callable[[], tuple[Any, ...]],
     batch_dim: int | None,
     objectives: int = 1,
+    forward: Callable[..., Tensor] | None = None,
 ) -> None:
     """The engine's Gramian and gradient of random linear functions of ``model(*make())``."""
     model.double()
@@ -69,7 +70,7 @@ def check(
     parameters = list(model.parameters())
     for _ in range(STEPS):
         model.zero_grad()
-        losses = losses_of(model(*make()))
+        losses = losses_of((forward or model)(*make()))
         expected = gramian(losses, parameters)
         weights = torch.randn(losses.shape, dtype=torch.float64)
         gradient = weighted_gradient(losses, weights, parameters)
@@ -148,6 +149,44 @@ def test_convolution(
 ) -> None:
     layer, shape = drawn
     check(layer, _normal(b, *shape), batch_dim, k)
+
+
+@settings(max_examples=15)
+@given(
+    kernel=st.sampled_from([(3, 3), (1, 2), (2, 1)]),
+    stride=st.sampled_from([1, 2]),
+    padding=st.sampled_from([0, 1, (1, 0)]),
+    dilation=st.sampled_from([1, 2]),
+    b=st.sampled_from([1, 5, 16, 19]),  # more than one convolution has groups for
+    bias=st.booleans(),
+    budget=st.sampled_from([0, 1 << 26]),
+)
+def test_convolution_of_many_channels_in_float32(
+    kernel: tuple[int, int],
+    stride: int,
+    padding: Any,
+    dilation: int,
+    b: int,
+    bias: bool,
+    budget: int,
+) -> None:
+    """Rows that the library's own kernels form, group by group."""
+    layer = nn.Conv2d(16, 8, kernel, stride, padding, dilation, bias=bias)
+    engine = Engine(layer, batch_dim=0, memory_budget=budget)
+    parameters = list(layer.parameters())
+    for _ in range(STEPS):
+        layer.zero_grad()
+        output = layer(torch.randn(b, 16, 6, 7)).flatten(1)
+        losses = (output * torch.randn(output.shape)).sum(1)
+        expected = gramian(losses, parameters)
+        weights = torch.randn(b)
+        gradient = weighted_gradient(losses, weights, parameters)
+        found: list[Tensor] = []
+        with _rules_only():
+            engine.backward(losses, lambda g, w=weights, kept=found: kept.append(g) or w)
+        # Sums of some hundred float32 products, in another order.
+        assert relative_error(found[0], expected) <= 1e-5
+        assert relative_error(flat_grad(parameters), gradient) <= 1e-5
 
 
 @st.composite
@@ -296,6 +335,102 @@ def test_bags_that_no_rule_serves_are_exact(special: Any, batch_dim: int | None)
 def test_a_table_that_renormalises_its_lines() -> None:
     layer = nn.Embedding(6, 3, max_norm=0.5)
     check(layer, lambda: (torch.randint(6, (4, 5)),), 0)
+
+
+@few
+@given(
+    b=sizes,
+    lengths=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    tensors=st.sampled_from(["self", "shared keys", "all different", "other widths"]),
+    options=st.fixed_dictionaries(
+        {
+            "bias": st.booleans(),
+            "add_bias_kv": st.booleans(),
+            "add_zero_attn": st.booleans(),
+            "batch_first": st.booleans(),
+            "dropout": st.sampled_from([0.0, 0.4]),
+        }
+    ),
+    masks=st.sampled_from(["none", "float", "padding", "one for each head"]),
+    weights=st.sampled_from(["no", "averaged", "by head"]),
+    training=st.booleans(),
+)
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_multihead_attention(
+    b: int,
+    lengths: tuple[int, int],
+    tensors: str,
+    options: dict[str, Any],
+    masks: str,
+    weights: str,
+    training: bool,
+    batch_dim: int | None,
+) -> None:
+    if batch_dim == 0:
+        options["batch_first"] = True
+    t, s = lengths if tensors != "self" else lengths[:1] * 2
+    widths = {"kdim": 3, "vdim": 5} if tensors == "other widths" else {}
+    attention = nn.MultiheadAttention(4, 2, **options, **widths).train(training)
+    heads = {"attn_mask": torch.randn(b * 2, t, s, dtype=torch.float64)}
+    given_masks: dict[str, dict[str, Tensor]] = {
+        "none": {},
+        "float": {"attn_mask": torch.randn(t, s, dtype=torch.float64)},
+        # The first key is never masked: attention to nothing is NaN.
+        "padding": {"key_padding_mask": torch.arange(s).expand(b, s) > torch.arange(b)[:, None]},
+        "one for each head": heads,
+    }
+
+    def make() -> tuple[Any, ...]:
+        shapes = [(t, 4), (s, widths.get("kdim", 4)), (s, widths.get("vdim", 4))]
+        first = [
+            torch.randn((b, n, d) if options["batch_first"] else (n, b, d), dtype=torch.float64)
+            for n, d in shapes
+        ]
+        if tensors == "self":
+            return (first[0],) * 3
+        return (first[0], first[1], first[1]) if tensors == "shared keys" else tuple(first)
+
+    def combined(output: Tensor, attended: Tensor | None) -> Tensor:
+        output = output if options["batch_first"] else output.transpose(0, 1)
+        pieces = [output.flatten(1)] + ([] if attended is None else [attended.flatten(1)])
+        return torch.cat(pieces, dim=1)
+
+    engine_model = attention.double()
+    call = {
+        "need_weights": weights != "no",
+        "average_attn_weights": weights == "averaged",
+        **given_masks[masks],
+    }
+    check(engine_model, make, batch_dim, forward=lambda *x: combined(*engine_model(*x, **call)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("trained", ["all", "norms"])
+def test_transformer_layers(training: bool, padded: bool, trained: str) -> None:
+    """In eval mode they have fused kernels that call no module; never with a graph."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 6, batch_first=True), 1)
+    model = nn.ModuleList([encoder, decoder]).double().train(training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained == "all" or "norm" in name)
+    x, target = (torch.randn(3, n, 4, dtype=torch.float64) for n in (5, 2))
+    mask = torch.arange(5).expand(3, 5) > torch.tensor([[4], [2], [3]]) if padded else None
+    engine = Engine(model, batch_dim=0)
+    parameters = list(model.parameters())
+    for _ in range(STEPS):
+        model.zero_grad()
+        memory = encoder(x, src_key_padding_mask=mask)
+        losses = decoder(target, memory, memory_key_padding_mask=mask).square().sum((1, 2))
+        expected = gramian(losses, parameters)
+        gradient = weighted_gradient(losses, torch.ones_like(losses), parameters)
+        with _rules_only():
+            found = []
+            engine.backward(losses, lambda g, kept=found: kept.append(g) or torch.ones(3).double())
+        assert relative_error(found[0], expected) <= GRAMIAN
+        assert relative_error(flat_grad(parameters), gradient) <= GRADIENT
 
 
 class _OtherConvolution(nn.Conv2d):
