@@ -96,14 +96,21 @@ class Accumulation:
 
     Attributes:
         weights: The weights of all objectives, once the context has ended.
+        scale: By what a GradScaler multiplied all outputs, if one did.
     """
 
     def __init__(self) -> None:
         self.weights: Tensor | None = None
+        self.scale: float | None = None
         self._weighting: Callable[[Tensor], Tensor] | None = None
         self._batches: list[MicroBatch] = []
 
-    def add(self, batch: MicroBatch, weighting: Callable[[Tensor], Tensor] | Tensor) -> None:
+    def add(
+        self,
+        batch: MicroBatch,
+        weighting: Callable[[Tensor], Tensor] | Tensor,
+        scale: float | None,
+    ) -> None:
         """Takes a batch. Raises ValueError unless all come with the same weighting."""
         if isinstance(weighting, Tensor):
             raise ValueError(
@@ -115,7 +122,12 @@ class Accumulation:
                 "Found different weightings within engine.accumulate(); expected the same object "
                 "for all batches, since it runs once. Create it before the context."
             )
-        self._weighting = weighting
+        if self._batches and scale != self.scale:
+            raise ValueError(
+                f"Found batches scaled by {self.scale} and {scale} within engine.accumulate(); "
+                "expected one scale. Update the GradScaler after the context."
+            )
+        self._weighting, self.scale = weighting, scale
         self._batches.append(batch)
 
     @property

@@ -160,17 +160,33 @@ class Engine:
         layout, blocks = self.prepare("Engine.compute_gramian", output, count)
         return self._gramian(output, layout, blocks)
 
-    def _gramian(self, output: Tensor, layout: GlobalLayout, blocks: Blocks) -> Tensor:
+    def _gramian(
+        self,
+        output: Tensor,
+        layout: GlobalLayout,
+        blocks: Blocks,
+        scale: float | Tensor | None = None,
+    ) -> Tensor:
         parts = global_pass.gramian(self._distribution, layout, blocks, output, self._table)
         self._layout, self._skip = layout, False
-        if not parts.finite:
+        if not parts.finite and scale is None:
             error = global_pass.nonfinite_error(layout, parts)
             if self._nonfinite == "raise":
                 raise error
             warnings.warn(f"{error} The weights of this step are zero.", stacklevel=3)
             self._skip = True
-        values = parts.values.to(torch.promote_types(output.dtype, torch.float32))
-        return layout.whole.generalized(values)
+        values = parts.values if scale is None else parts.values / float(scale) ** 2
+        if scale is not None and not parts.finite:
+            values = torch.full_like(values, torch.nan)
+        return layout.whole.generalized(values.to(torch.promote_types(output.dtype, torch.float32)))
+
+    def _scaled_weights(
+        self, gramian: Tensor, weighting: Weigher, scale: float | Tensor | None
+    ) -> Tensor:
+        """``compute_weights``, or NaN where a GradScaler's objectives overflow."""
+        if scale is not None and bool(gramian.isnan().any()):
+            return gramian.new_full(gramian.shape[: gramian.ndim // 2], torch.nan)
+        return self.compute_weights(gramian, weighting)
 
     def cross_gramian(
         self,
@@ -272,6 +288,7 @@ class Engine:
         /,
         *,
         count: Count | None = None,
+        scale: float | Tensor | None = None,
         retain_graph: bool = False,
     ) -> Tensor:
         """A whole step: Gramian, weights, weighted gradient.
@@ -286,6 +303,11 @@ class Engine:
             weighting_or_weights: A weighting (any callable on the Gramian), or the weights of all
                 objectives, of the shape of the global output.
             count: See ``compute_gramian``.
+            scale: By what the output was multiplied, if it comes from a GradScaler:
+                ``engine.backward(scaler.scale(losses), weighting, scale=scaler.get_scale())``. The
+                weighting then sees the Gramian of the unscaled objectives. What overflows is no
+                error: all gradients, and the weights, become NaN, so that the scaler skips the
+                step on every rank and lowers its scale.
             retain_graph: Whether to keep the graph.
 
         Returns:
@@ -297,7 +319,7 @@ class Engine:
             and the graph may be freed.
         """
         if self._accumulation is not None:
-            return self._accumulate_batch(output, weighting_or_weights, count)
+            return self._accumulate_batch(output, weighting_or_weights, count, scale)
         blocks: Blocks = []
         try:
             if isinstance(weighting_or_weights, Tensor):
@@ -308,8 +330,8 @@ class Engine:
                 layout, blocks = self.prepare(
                     "Engine.backward", output, count, step=True, retain_graph=retain_graph
                 )
-                gramian = self._gramian(output, layout, blocks)
-                weights = self.compute_weights(gramian, weighting_or_weights)
+                gramian = self._gramian(output, layout, blocks, scale)
+                weights = self._scaled_weights(gramian, weighting_or_weights, scale)
             self._write_gradients(output, blocks, weights, retain_graph)
         finally:
             for block in blocks:
@@ -376,8 +398,9 @@ class Engine:
 
         layout, blocks, _ = self._agree("Engine.accumulate", local)
         assert joined is not None
-        gramian = self._gramian(joined.output, layout, blocks)
-        weights = accumulation.weights = self.compute_weights(gramian, accumulation.weighting)
+        gramian = self._gramian(joined.output, layout, blocks, accumulation.scale)
+        weights = self._scaled_weights(gramian, accumulation.weighting, accumulation.scale)
+        accumulation.weights = weights
         if self._skip:
             entries = self._table.trainable
             self._distribution.reduce_accumulated([e.parameter for e in entries])
@@ -387,7 +410,11 @@ class Engine:
         self._capture.release_passed()
 
     def _accumulate_batch(
-        self, output: Tensor, weighting: Weigher | Tensor, count: Count | None
+        self,
+        output: Tensor,
+        weighting: Weigher | Tensor,
+        count: Count | None,
+        scale: float | Tensor | None,
     ) -> Tensor:
         assert self._accumulation is not None
         layout = self._layout_of(output)
@@ -396,7 +423,7 @@ class Engine:
             blocks = self._local_pass.blocks(output, layout)
         counts = self._rows_of_count(count, layout)
         batch = MicroBatch(output, layout, blocks, counts, self._local_pass.samples)
-        self._accumulation.add(batch, weighting)
+        self._accumulation.add(batch, weighting, None if scale is None else float(scale))
         return output.new_empty(0)
 
     def _write_gradients(
