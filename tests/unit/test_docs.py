@@ -44,7 +44,7 @@ def _names_of_program(page: Path, rank: int) -> dict[str, object]:
 def test_the_snippets_run(page: Path, world_size: int) -> None:
     assert len(_snippets(page)) >= 3
     expected = {
-        Path("README.md"): {"engine", "weights", "gramian", "errors"},
+        Path("README.md"): {"engine", "weights", "gramian", "errors", "accumulation"},
         Path("docs/methods.md"): {"factor", "resumed", "condition", "scalar", "wrapped"},
     }
     for names in run_ranks(_run_snippets, world_size, page):
