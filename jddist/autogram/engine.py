@@ -35,7 +35,7 @@ from .joint import JointOutput
 from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
-from .refusals import check_modules
+from .refusals import check_modules, explained
 from .rules import replays
 
 Weigher = Callable[[Tensor], Tensor]
@@ -489,7 +489,7 @@ class Engine:
             self._check_modules()
             local = find_local()
         except Exception as failure:  # it is raised again on every rank, by the handshake
-            error = failure
+            error = explained(failure)
         infos = self._distribution.handshake(call, local.agree, local.info, error)
         assert local.layout is not None
         self._dtype = local.dtype
