@@ -12,12 +12,15 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 
 from jddist.distribution.base import Distribution
 
 from .global_pass import GlobalLayout
 from .local_pass import Blocks
 from .parameters import Entry
+
+_GLOBAL_HOOKS = ("_global_backward_hooks", "_global_backward_pre_hooks")
 
 
 class Books(IntEnum):
@@ -60,6 +63,8 @@ def no_hooks(entries: Iterable[Entry], modules: Iterable[nn.Module]) -> bool:
         parameter = entry.parameter
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return False
+    if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
+        return False
     return not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
@@ -85,11 +90,18 @@ def combined(
 
 
 def differentiated(
-    distribution: Distribution, output: Tensor, entries: Sequence[Entry], weights: Tensor
+    distribution: Distribution,
+    output: Tensor,
+    entries: Sequence[Entry],
+    weights: Tensor,
+    *,
+    retain_graph: bool,
 ) -> list[Tensor | None]:
-    """The gradient of each entry from the graph, which is freed."""
+    """The gradient of each entry from the graph."""
     parameters = [e.parameter for e in entries]
     with distribution.first_pass():
-        found = torch.autograd.grad(output, parameters, weights, allow_unused=True)
+        found = torch.autograd.grad(
+            output, parameters, weights, retain_graph=retain_graph, allow_unused=True
+        )
     # Autograd may hand out one tensor for several parameters.
     return [None if g is None else g.clone() for g in found]

@@ -114,6 +114,8 @@ class Engine:
             )
         parameters = [entry.parameter for entry in self._table.trainable]
         self._distribution = distribution_of(parameters, selected)
+        # A wrapper that the engine was told not to see still does its own part of a backward.
+        self._sees_wrappers = distribution is None or all(unwrap(m) is m for m in given)
         self._check_modules()
         self._capture = Capture(
             [owner.module for owner in self._table.owners],
@@ -436,15 +438,19 @@ class Engine:
             return
         local = self.local_weights(weights)
         assert self._layout is not None
+        # The records live as long as the graph's own tensors.
+        kept = paused() if retain_graph else nullcontext()
         if self._books is Books.NO or weights.numel() == 0:
-            # The records live as long as the graph's own tensors.
-            with paused() if retain_graph else nullcontext():
+            with kept:
                 output.backward(local, retain_graph=retain_graph)
         else:
             if self._books is Books.ROWS:
                 gradients = combined(self._layout, blocks, entries, local)
             else:
-                gradients = differentiated(self._distribution, output, entries, local)
+                with kept:
+                    gradients = differentiated(
+                        self._distribution, output, entries, local, retain_graph=retain_graph
+                    )
             present = [self._layout.has_rows(e.index) for e in entries]
             parameters = [e.parameter for e in entries]
             self._distribution.write_gradients(parameters, gradients, present)
@@ -515,7 +521,8 @@ class Engine:
             local.agree["shape of the weights"] = list(weights.shape)
         else:
             trainable = self._table.trainable
-            taken = step and self._distribution.takes_gradients({e.parameter for e in trainable})
+            taken = step and self._sees_wrappers
+            taken = taken and self._distribution.takes_gradients({e.parameter for e in trainable})
             local.agree["whether gradients are handed over"] = taken
             taken = taken and no_hooks(trainable, self._scope)
             free = taken and not retain_graph and counts is None

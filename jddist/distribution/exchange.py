@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock
 from jddist.autogram.blocks.products import mirror_
@@ -39,7 +40,8 @@ def describe(blocks: Blocks, *, factors: bool) -> list[BlockShape]:
                 "outer", block.positions, block.in_features, block.out_features, shares
             )
         elif factors and isinstance(block, LookupBlock):
-            shape = BlockShape("lookup", len(block), block.in_features, block.out_features)
+            count = rounded_up(len(block))
+            shape = BlockShape("lookup", count, block.in_features, block.out_features)
         else:
             shape = BlockShape("none" if block is None else "dense")
         shapes.append(shape)
@@ -205,7 +207,7 @@ def _exchange_factors(
     if block is None or step.lengths[group.rank] == 0:
         flat = torch.zeros(step.lengths[group.rank], dtype=dtype, device=total.device)
     else:
-        flat = _flatten(block, dtype)
+        flat = _flatten(block, dtype, step.positions[group.rank])
     gathered = group.all_gather_uneven(flat, step.lengths)
     starts = [k * sum(batches[:r]) for r in range(group.size + 1)]
     own = _rebuild(gathered[group.rank], step, group.rank, batches, k)
@@ -233,13 +235,22 @@ def _partners(rank: int, size: int) -> list[int]:
     return partners
 
 
-def _flatten(block: JacobianBlock, dtype: torch.dtype) -> Tensor:
+def rounded_up(count: int) -> int:
+    """At most an eighth more: the number of entries changes with every batch, and what changes has
+    to be told to the other ranks anew."""
+    granule = 1 << max(0, count.bit_length() - 4)
+    return -(-count // granule) * granule
+
+
+def _flatten(block: JacobianBlock, dtype: torch.dtype, positions: int) -> Tensor:
     """A block's factors as one vector."""
     if isinstance(block, LookupBlock):
         samples, lines, values = block.entries()
-        numbers = torch.cat([samples, lines])
+        missing = positions - len(block)  # filled with zeros for line 0
+        samples, lines = (F.pad(x, (0, missing)) for x in (samples, lines))
+        values = F.pad(values, (0, 0, 0, 0, 0, missing))
         # Whole numbers travel as they are, in the bits of floating-point ones.
-        bits = numbers.to(_integers_like(dtype)).view(dtype)
+        bits = torch.cat([samples, lines]).to(_integers_like(dtype)).view(dtype)
         return torch.cat([bits, values.reshape(-1).to(dtype)])
     assert isinstance(block, OuterBlock)
     inputs, grads = block.factors()

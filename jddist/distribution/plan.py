@@ -27,7 +27,7 @@ class BlockShape:
 
     Attributes:
         kind: "none", "outer", "lookup" or "dense".
-        positions: t, for an outer block; the number of entries of a lookup block.
+        positions: t, for an outer block; the number of entries of a lookup block, padded.
         in_features: The width of ``a``, 0 for the columns of a bias alone; the width of a table.
         out_features: The width of ``g``; the number of lines of a table.
         shares_grads: Whether the block has the same ``g`` as the previous parameter's.

@@ -109,15 +109,15 @@ def test_rows_travel_where_they_are_smaller(world_size: int) -> None:
         assert exchanged == [("all_to_all_single", 4 * (columns - mine) * FLOAT)]
 
 
-WORDS, WIDTH, LENGTH = 500, 6, 4
+WORDS, WIDTH, LENGTH = 500, 6, 40
 
 
 def _lookup(rank: int, world_size: int) -> list:
     torch.manual_seed(0)
     ddp = wrap(nn.Sequential(nn.Embedding(WORDS, WIDTH)).double())
     engine = Engine(ddp, batch_dim=0)
-    # Sample i of each rank reads i + 1 different words, some of them several times.
-    tokens = torch.stack([(torch.arange(LENGTH) % (i + 1)) * 7 for i in range(BATCH)])
+    # Sample i of each rank reads 10 i + 1 different words, most of them several times.
+    tokens = torch.stack([(torch.arange(LENGTH) % (10 * i + 1)) * 7 for i in range(BATCH)])
     losses = ddp(tokens).pow(2).sum(dim=(1, 2))
     with spying(rank, world_size) as log:
         engine.compute_gramian(losses)
@@ -127,9 +127,11 @@ def _lookup(rank: int, world_size: int) -> list:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_of_a_table_only_the_lines_that_were_read_travel(world_size: int) -> None:
     for log in run_ranks(_lookup, world_size):
-        read = sum(i + 1 for i in range(BATCH))
-        # A sample, a line and the gradients at that line.
-        sent = (world_size - 1) * read * (2 + WIDTH) * FLOAT
+        read = sum(10 * i + 1 for i in range(BATCH))
+        assert read == 33
+        # A sample, a line and the gradients at that line; the number is rounded up to a multiple
+        # of 4, an eighth of the power of two below it.
+        sent = (world_size - 1) * 36 * (2 + WIDTH) * FLOAT
         assert [entry for entry in log[2:] if entry[0] != "all_reduce"] == [("all_gather", sent)]
 
 

@@ -80,7 +80,7 @@ class OuterBlock(TiledBlock):
         joined = grads[0] if len(grads) == 1 else torch.cat(grads, dim=2)
         if not self.in_features:
             return None, joined
-        inputs = [self._samples(a, 0, self.batch) for a, _ in self._parts]
+        inputs = [self._samples(a, 0, self.batch, fresh=True) for a, _ in self._parts]
         return inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1), joined
 
     def shares_grads(self, other: OuterBlock) -> bool:
@@ -228,11 +228,12 @@ class OuterBlock(TiledBlock):
         for low in range(0, self.batch, max(1, step)):
             yield low, min(self.batch, low + step)
 
-    def _samples(self, inputs: Tensor | Patches | None, low: int, high: int) -> Tensor:
+    def _samples(
+        self, inputs: Tensor | Patches | None, low: int, high: int, *, fresh: bool = False
+    ) -> Tensor:
         assert inputs is not None
         if isinstance(inputs, Patches):
-            whole = (low, high) == (0, self.batch)
-            return inputs.samples(low, high, self.dtype, None if whole else self.scratch)
+            return inputs.samples(low, high, self.dtype, None if fresh else self.scratch)
         return inputs[low:high].to(self.dtype)
 
     def _bias_rows(self) -> Tensor:

@@ -21,6 +21,8 @@ from ..blocks import (
 from ..record import LayerRecord
 from .registry import register_rule
 
+# Elements of patches that exist at a time.
+_PATCHES = 1 << 22
 _MODES = {"zeros": "constant"}  # the others are named as in torch.nn.functional.pad
 
 
@@ -95,10 +97,14 @@ def _weight(patches: Patches, grads: Tensor, module: _ConvNd, channels: int) -> 
         return OuterBlock(patches, grads, order=order)
     b, k, t, _ = grads.shape
     dtype = torch.promote_types(compute_dtype(grads), patches.dtype)
-    a = patches.samples(0, b, dtype).view(b, t, taps, groups, -1)
-    g = grads.to(dtype).reshape(b, k, t, groups, -1)
-    rows = torch.einsum("bkpgo,bptgc->bkgoct", g, a)
-    return DenseBlock(rows.reshape(b * k, -1))
+    step = max(1, _PATCHES // max(1, prod(patches.shape[1:])))
+    pieces = []
+    for low in range(0, b, step):
+        high = min(b, low + step)
+        a = patches.samples(low, high, dtype).view(high - low, t, taps, groups, -1)
+        g = grads[low:high].to(dtype).reshape(high - low, k, t, groups, -1)
+        pieces.append(torch.einsum("bkpgo,bptgc->bkgoct", g, a).reshape((high - low) * k, -1))
+    return DenseBlock(torch.cat(pieces))
 
 
 def _images(record: LayerRecord, x: Tensor) -> Tensor | None:

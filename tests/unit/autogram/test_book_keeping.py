@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Partial
 
 from jddist.autogram import Engine
 from jddist.autogram import engine as engine_module
@@ -140,6 +141,35 @@ def test_given_weights_need_no_rows(combined: list[int]) -> None:
     engine = Engine(model, batch_dim=0)
     for _ in range(3):
         engine.backward(losses_of(model(data())), torch.ones(4, dtype=torch.float64))
+    assert not combined
+
+
+@pytest.mark.parametrize("count", [None, 4])
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_retained_graph_is_there_for_the_next_step(
+    batch_dim: int | None, count: int | None
+) -> None:
+    model = small_model()
+    engine = Engine(model, batch_dim=batch_dim, objectives=Partial("avg"))
+    losses = losses_of(model(data()))
+    for _ in range(STEPS):
+        weights = torch.randn(len(losses), dtype=torch.float64)
+        model.zero_grad()
+        expected = weighted_gradient(losses, weights, model.parameters())
+        engine.backward(losses, lambda _g, w=weights: w, retain_graph=True, count=count)
+        assert relative_error(flat_grad(model.parameters()), expected) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # the data has no gradient
+def test_hooks_on_all_modules_get_their_backward(combined: list[int]) -> None:
+    model = small_model()
+    engine = Engine(model, batch_dim=0)
+    handle = torch.nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    try:
+        for _ in range(3):
+            engine.backward(losses_of(model(data())), lambda g: g.diagonal())
+    finally:
+        handle.remove()
     assert not combined
 
 
