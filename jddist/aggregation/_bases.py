@@ -102,7 +102,18 @@ class WeightedAggregator(Aggregator):
         return self.columnwise or self.weighting.acts_on_columns
 
     def forward(self, matrix: Matrix, /) -> Tensor:
-        return self.weighting(matrix) @ matrix
+        return combine(self.weighting(matrix), matrix)
+
+
+def combine(weights: Tensor, matrix: Tensor) -> Tensor:
+    """The combination [n] of the rows with weights [m], which may be of a wider dtype.
+
+    Weights too large for the dtype of the rows become its largest, as they do in any dtype.
+    """
+    if weights.dtype != matrix.dtype:
+        bound = torch.finfo(matrix.dtype).max
+        weights = weights.clamp(-bound, bound).to(matrix.dtype)
+    return weights @ matrix
 
 
 class GramianWeightedAggregator(WeightedAggregator):

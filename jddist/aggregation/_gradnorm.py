@@ -84,7 +84,9 @@ class GradNormWeighting(GramianWeighting, Remembers, NeedsLosses):
 
     def _pulls(self, losses: Tensor, first: Tensor) -> Tensor:
         """r ** alpha, with r the relative inverse training rates; 1 where all losses are 0."""
-        ratios = losses / first.clamp(min=torch.finfo(first.dtype).tiny)
+        limits = torch.finfo(first.dtype)
+        ratios = losses / first.clamp(min=limits.tiny)
+        ratios = ratios.clamp(max=limits.max / max(len(first), 1))  # A first loss may have been 0.
         mean = ratios.mean()
         return torch.where(mean > 0.0, ratios / mean, 1.0) ** self.alpha
 

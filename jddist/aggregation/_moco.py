@@ -9,7 +9,7 @@ from jddist._stateful import Stateful
 from jddist.linalg.gramian import compute_gramian
 from jddist.linalg.matrix import Matrix
 
-from ._bases import Aggregator, Forwarded
+from ._bases import Aggregator, Forwarded, combine
 from ._columns import current_columns, weigh
 from ._memory import ColumnState
 from ._modo import MoDoWeighting
@@ -76,7 +76,7 @@ class MoCo(Aggregator, Stateful):
         tracked.lerp_(matrix, self.beta)
         self.tracked.keep(tracked)
         gramian = current_columns().sum(compute_gramian(tracked))
-        return weigh(self.weighting, gramian) @ tracked
+        return combine(weigh(self.weighting, gramian), tracked)
 
     def __repr__(self) -> str:
         return f"MoCo(beta={self.beta!r}, gamma={self.gamma!r}, rho={self.rho!r})"

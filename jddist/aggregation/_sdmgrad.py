@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from jddist.linalg.matrix import Matrix
@@ -111,7 +112,8 @@ class SDMGradWeighting(HasPreference, Weighting[Matrix], Remembers):
             weights = uniform(matrix, m)
         pull = self.lambda_ * self.weighting(matrix)
         scale = matrix.diagonal().clamp(min=0.0).sqrt().mean()
-        scaled = matrix / (scale.square() + 1e-8)
+        # In float16, 1e-8 is 0.
+        scaled = matrix / (scale.square() + 1e-8).clamp(min=torch.finfo(matrix.dtype).tiny)
         step = weights.new_zeros(m)
         for _ in range(self.n_iter):
             step = self.momentum * step + scaled @ (weights + pull)

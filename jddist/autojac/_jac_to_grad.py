@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jddist._stateful import Stateful
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
+from jddist.aggregation._bases import combine
 from jddist.distribution.base import Distribution
 from jddist.distribution.select import distribution_of
 from jddist.errors import NonFiniteObjectiveError
@@ -125,6 +126,7 @@ def _check_aggregators(aggregators: Sequence[Aggregator], num_groups: int) -> No
         seen |= stateful
 
 
+@torch.no_grad()  # weights of the user's may require a gradient; .grad is not to have a graph
 def aggregate_groups(
     groups: list[list[Tensor]],
     aggregators: list[Aggregator],
@@ -202,5 +204,5 @@ def _in_one_process(
     vectors = []
     while rows:  # each row block is let go as soon as it was used
         block = rows.popleft()
-        vectors.append(weights.to(block.dtype) @ block)
+        vectors.append(combine(weights, block))
     return vectors, weights

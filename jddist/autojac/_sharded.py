@@ -22,6 +22,7 @@ from jddist.distribution.collectives import Group, column_bounds
 from jddist.distribution.columns import RankColumns
 from jddist.distribution.once import Job
 from jddist.errors import NonFiniteObjectiveError
+from jddist.linalg.gramian import compute_gramian
 
 
 @dataclass(eq=False)
@@ -126,7 +127,7 @@ def _sum_gramians(
         flags[ranks.rank, start : start + len(ok)] = (~ok).double()
         gramian = flags.new_empty(0)
         if m and isinstance(group.aggregator, GramianWeightedAggregator):
-            gramian = (shard @ shard.T).double()
+            gramian = compute_gramian(shard).double()
         pieces += [flags.reshape(-1), gramian.reshape(-1)]
         sizes += [flags.numel(), gramian.numel()]
     parts = ranks.all_reduce(torch.cat(pieces)).split(sizes)
@@ -155,7 +156,11 @@ def _weigh(
     groups: Sequence[RowGroup], gramians: Sequence[Tensor | None], distribution: Distribution
 ) -> list[Tensor | None]:
     jobs = [
-        Job(group.aggregator.gramian_weighting, gramian.to(group.rows.dtype), gramian.shape[:1])
+        Job(
+            group.aggregator.gramian_weighting,
+            gramian.to(torch.promote_types(group.rows.dtype, torch.float32)),
+            gramian.shape[:1],
+        )
         for group, gramian in zip(groups, gramians, strict=True)
         if gramian is not None and isinstance(group.aggregator, GramianWeightedAggregator)
     ]

@@ -41,8 +41,8 @@ class BatchedProjector(RegularizedProjector):
             instance warns (unless G is exactly zero). 0 turns this off.
         reg_eps: What is added to the diagonal, to make G positive definite.
         warm_start: Whether to start from the last call's solutions if the shapes are the same. This
-            changes results by rounding alone (1e-12 at most of the largest weight), and keeps
-            [k, m] numbers in memory.
+            changes results by rounding alone (about 1e-12 at most of the largest weight for the
+            default `reg_eps`; the more, the smaller that is), and keeps [k, m] numbers in memory.
         deal_from: The number of vectors from which, on several ranks, every rank solves its share
             of the problems and all solutions are gathered. None: rank 0 always solves them all.
 
@@ -92,14 +92,16 @@ class BatchedProjector(RegularizedProjector):
         return dealer.collect(self._solve_here(mine, gramian), k)
 
     def _solve_here(self, vectors: Tensor, gramian: Tensor) -> Tensor:
+        scales = _powers_of_two(vectors)
+        vectors = vectors / scales
         slopes = vectors @ gramian
         if not torch.isfinite(slopes).all():
             raise Unsolvable(NOT_FINITE)
-        if torch.linalg.cholesky_ex(gramian).info != 0:
-            raise Unsolvable(NOT_POSITIVE_DEFINITE)
         solutions = vectors.clone()
         # Where Gu >= 0 the constraints are all active and u solves its own problem.
         open_ = (slopes < 0.0).any(dim=1)
+        if open_.any() and torch.linalg.cholesky_ex(gramian).info != 0:
+            raise Unsolvable(NOT_POSITIVE_DEFINITE)
         start = None
         if self._last is not None and self._last.shape == vectors.shape:
             start = self._last.to(vectors.device)[open_]
@@ -107,14 +109,18 @@ class BatchedProjector(RegularizedProjector):
             rows = open_.nonzero().squeeze(1)
             if rows.numel() == 0:
                 break
-            found, certified = _solve_together(gramian, vectors[rows], start, dtype)
+            try:
+                found, certified = _solve_together(gramian, vectors[rows], start, dtype)
+            except torch.linalg.LinAlgError:  # by rounding: G is positive definite, if barely
+                start = None
+                continue
             solutions[rows[certified]] = found[certified]
             open_[rows] = ~certified
             start = None  # a solution that misled the first attempt would mislead the next
         self._fall_back(solutions, vectors, gramian, open_)
         # A start needs no precision.
         self._last = solutions.float() if self.warm_start else None
-        return solutions
+        return solutions * scales
 
     def _fall_back(
         self, solutions: Tensor, vectors: Tensor, gramian: Tensor, open_: Tensor
@@ -178,6 +184,15 @@ def _solve_together(
     solution = torch.maximum(solution * scale, vectors.T)
     certified = done & (certificate(gramian, vectors.T, solution) <= _CERTIFIED)
     return solution.T, certified
+
+
+def _powers_of_two(vectors: Tensor) -> Tensor:
+    """About the size of each vector [k, m], of shape [k, 1]; divided by it none over- or underflows.
+
+    The problems are homogeneous, and dividing by a power of two rounds nothing.
+    """
+    exponents = torch.frexp(vectors.abs().amax(dim=1, keepdim=True)).exponent.clamp(-1000, 1000)
+    return 2.0 ** exponents.to(vectors)
 
 
 def _precisions(size: int) -> tuple[torch.dtype, ...]:

@@ -181,6 +181,9 @@ def solve_one_by_one(gramian: _Array, vectors: _Array) -> _Array:
     Raises:
         Unsolvable: Something is not finite, or G is not positive definite.
     """
+    # quadprog takes violations below some absolute size for none, so all vectors get the size 1.
+    exponents = np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1]
+    vectors = np.ldexp(vectors, -exponents)
     slopes = vectors @ gramian
     if not np.isfinite(slopes).all():
         raise Unsolvable(NOT_FINITE)
@@ -196,7 +199,7 @@ def solve_one_by_one(gramian: _Array, vectors: _Array) -> _Array:
         except ValueError as error:
             raise Unsolvable(f"{NOT_POSITIVE_DEFINITE} ({error})") from error
         solutions[k] = found[0]
-    return solutions
+    return np.ldexp(solutions, exponents)
 
 
 def _inverse_root(gramian: _Array) -> _Array:

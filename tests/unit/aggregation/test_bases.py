@@ -26,6 +26,7 @@ from jddist.aggregation import (
     Krum,
     Mean,
     MeanWeighting,
+    MoCo,
     NashMTL,
     PCGrad,
     Random,
@@ -197,3 +198,16 @@ def test_a_new_method_is_short() -> None:
     assert torch.equal(Steepest()(matrix), matrix[1])
     assert repr(Steepest()) == "Steepest()"
     assert Steepest.columnwise is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [UPGrad, DualProj, MoCo])
+def test_jacobians_of_half_precision(method: type[Aggregator], dtype: torch.dtype) -> None:
+    # Rounded to 8 bits, the Gramian of more rows than columns is indefinite beyond what UPGrad
+    # regularizes; squared in float16, these rows overflow.
+    matrix = (100.0 * make_matrix("random", 6, 0, n=3)).to(dtype)
+    found, expected = method()(matrix), method()(matrix.float())
+    assert found.dtype == dtype
+    # The weights, all below 1, and each of the m sums are rounded to the dtype.
+    bound = 7 * torch.finfo(dtype).eps * float(matrix.float().abs().sum())
+    assert float((found - expected).abs().max()) <= bound

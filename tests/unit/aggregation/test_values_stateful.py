@@ -337,3 +337,14 @@ def test_products_of_two_batches_are_square(
 def test_crmogm_shows_what_it_wraps() -> None:
     text = repr(CRMOGMWeighting(UPGradWeighting(), alpha=0.5))
     assert "UPGradWeighting" in text and "alpha=0.5" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradnorm_pulls_an_objective_whose_first_loss_was_zero(dtype: torch.dtype) -> None:
+    weighting = GradNormWeighting(lr=0.1)
+    gramian = torch.eye(2, dtype=dtype)
+    for losses in ([0.0, 1.0], [20.0, 1.0], [20.0, 1.0], [20.0, 1.0]):
+        weighting.set_losses(torch.tensor(losses))
+        weights = weighting(gramian)
+    # The first has the loss 0 and is pushed down once; then its relative loss is beyond any bound.
+    assert weights[0] > 1.0 > weights[1]

@@ -55,6 +55,20 @@ def test_any_vectors(kind: str, k: int) -> None:
     assert largest(BatchedProjector()(u, gramian) - exact) <= 1e-11 * largest(exact)
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e-60, 1e-30, 1e30, 1e200])
+@pytest.mark.parametrize("m", [20, 120])  # in float64 alone, and in float32 first
+def test_vectors_of_any_size(m: int, size: float) -> None:
+    gramian = make_gramian("low rank", m)
+    u = torch.eye(m, dtype=torch.float64) / m
+    expected = QuadprogProjector()(u, gramian)
+    projector = BatchedProjector()
+    for _ in range(2):  # the second time from the solutions of the first
+        solutions = projector(size * u, gramian)
+        assert largest(solutions / size - expected) <= 1e-11 * largest(expected)
+        assert bool((solutions >= size * u).all())
+    assert projector.fallbacks == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_certificate_of_many_objectives(kind: str) -> None:
     m = 256
@@ -215,6 +229,26 @@ def test_failures_say_what_to_do() -> None:
         BatchedProjector()(torch.ones(30), torch.full((30, 30), float("nan")))
     with pytest.raises(ValueError, match="shape"):
         BatchedProjector()(torch.ones(3), torch.eye(2))
+
+
+def test_a_gramian_that_rounding_makes_singular_goes_to_quadprog(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def singular(*args: object) -> None:
+        raise torch.linalg.LinAlgError("not positive-definite")
+
+    monkeypatch.setattr(batched_projector, "guess", singular)
+    gramian, u = make_gramian("conflicting", 120), torch.eye(120, dtype=torch.float64)
+    projector = BatchedProjector()
+    assert torch.equal(projector(u, gramian), QuadprogProjector()(u, gramian))
+    assert projector.fallbacks == 120
+
+
+def test_without_conflict_a_singular_gramian_is_no_failure() -> None:
+    for gramian in (torch.zeros(30, 30), torch.ones(30, 30)):
+        u = random_vectors(3, 30).float()
+        for projector_type in (BatchedProjector, QuadprogProjector):
+            assert torch.equal(projector_type(reg_eps=0.0)(u, gramian), u)
 
 
 def test_inputs_stay_as_they_are() -> None:
