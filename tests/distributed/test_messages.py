@@ -20,7 +20,7 @@ from tests.distributed._training import wrap
 
 FLOAT = 8  # bytes of a float64
 IN, HIDDEN, OUT = 40, 30, 20  # wide against the batch: factors are far smaller than rows
-BATCH = 3  # on each rank
+BATCH = 6  # on each rank
 
 
 def _network() -> nn.Module:
@@ -58,13 +58,11 @@ def _instance_wise(rank: int, world_size: int) -> dict[str, list]:
 def test_instance_wise_messages(world_size: int) -> None:
     others, total = world_size - 1, world_size * BATCH
     header = 4 * 8 * others
-    factors = [
-        others * BATCH * (IN + OUT_FEATURES) * FLOAT
-        for IN, OUT_FEATURES in ((IN_, OUT_) for IN_, OUT_ in ((40, 30), (30, 20)))
-    ]
+    # Half of the pairs of ranks; of two opposite ones it is the lower one's turn, then the upper's.
+    upper = range(world_size // 2, world_size)
     # The norm's weight and bias go as rows, cut into columns; the first ranks' shards are full.
     norm_columns = 2 * HIDDEN
-    gramian = 2 * others / world_size * (total * total + total) * FLOAT
+    gramian = 2 * others / world_size * (total * (total + 1) // 2 + total) * FLOAT
     weights = (2 + total) * FLOAT
     # The gradients are averaged by a message of the engine's own, in place of the reducer's.
     parameters = IN * HIDDEN + HIDDEN + 2 * HIDDEN + HIDDEN * OUT + OUT
@@ -73,12 +71,20 @@ def test_instance_wise_messages(world_size: int) -> None:
         width = -(-norm_columns // world_size)
         mine = max(0, min(norm_columns, (rank + 1) * width) - min(norm_columns, rank * width))
         rows = BATCH * (norm_columns - mine) * FLOAT
+        times = [
+            others // 2 + (world_size % 2 == 0 and (rank in upper) == first)
+            for first in (True, False)
+        ]
+        factors = [
+            n * BATCH * (in_ + out) * FLOAT
+            for n, (in_, out) in zip(times, ((40, 30), (30, 20)), strict=True)
+        ]
         first, second = result["logs"]
         assert [name for name, _ in first[:2]] == ["all_gather", "all_gather"]  # the handshake
         assert second == [
             ("all_gather", header),
-            ("all_gather", factors[0]),
-            ("all_gather", factors[1]),
+            ("all_to_all_single", factors[0]),
+            ("all_to_all_single", factors[1]),
             ("all_to_all_single", rows),
             ("all_reduce", gramian),
             ("broadcast", weights if rank == 0 else 0),
@@ -129,13 +135,15 @@ def test_task_wise_messages(world_size: int) -> None:
     n = IN * HIDDEN + HIDDEN + 2 * HIDDEN + HIDDEN * OUT + OUT
     padded = -(-n // world_size) * world_size
     scatter = others / world_size * tasks * padded * FLOAT
-    gramian = 2 * others / world_size * (tasks * tasks + world_size * tasks) * FLOAT
+    flags = world_size * tasks
+    halved = 2 * others / world_size * (tasks * (tasks + 1) // 2 + flags) * FLOAT
+    gramian = 2 * others / world_size * (tasks * tasks + flags) * FLOAT
     for result in run_ranks(_task_wise, world_size):
         exchanged = [e for e in result["engine"][2:] if e[0] != "broadcast"]
         averages = 2 * others / world_size * n * FLOAT
         assert exchanged == [
             ("reduce_scatter", scatter),
-            ("all_reduce", gramian),
+            ("all_reduce", halved),
             ("all_reduce", averages),
         ]
         gathered = others * (padded // world_size) * FLOAT
