@@ -19,9 +19,11 @@ from jddist.distribution.exchange import (
     sharded_rows_gramian,
     summed_rows_gramian,
 )
-from jddist.distribution.plan import BlockShape, plan_exchange
+from jddist.distribution.planning import Plan, Prefer, plan, plan_sums
+from jddist.distribution.schemes import BlockShape
 from jddist.errors import NonFiniteObjectiveError
 
+from .blocks.products import mirror_
 from .layout import OutputLayout
 from .local_pass import Blocks
 from .parameters import ParameterTable
@@ -99,10 +101,12 @@ class GlobalLayout:
 @dataclass(frozen=True)
 class GramianParts:
     """The global Gramian [m, m], with flags of the objectives that are not finite: [1, m] if every
-    rank has its own, else [W, m]: which rank's estimate is to blame."""
+    rank has its own, else [W, m]: which rank's estimate is to blame. ``plan`` is
+    how it was exchanged, None in one process."""
 
     values: Tensor
     flags: Tensor
+    plan: Plan | None = None
 
     @property
     def finite(self) -> bool:
@@ -164,6 +168,7 @@ def gramian(
     blocks: Blocks,
     output: Tensor,
     table: ParameterTable,
+    prefer: Prefer = "bytes",
 ) -> GramianParts:
     """The global Gramian in the engine's order of rows."""
     group, device = distribution.group, output.device
@@ -182,34 +187,40 @@ def gramian(
             values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
         flags = (~finite | ~torch.isfinite(values.diagonal())) & ~dropped
         return GramianParts(values, flags.unsqueeze(0))
+    exchange = planned(layout, columns, group.size, dtype.itemsize, prefer)
     if layout.sharded:
         k = layout.objectives
-        steps = plan_exchange(layout.shapes, columns, layout.sizes, k)
-        values = sharded_rows_gramian(blocks, steps, group, layout.sizes, k, dtype, device)
+        values = sharded_rows_gramian(blocks, exchange, group, layout.sizes, k, dtype, device)
         flags = torch.zeros(1, m, dtype=torch.float64, device=device)
         start = k * sum(layout.sizes[: group.rank])
         flags[0, start : start + len(finite)] = (~finite).double()
     else:
-        # Parameters that no rank has rows for (frozen ones, say) need not travel.
-        needed = [i for i in range(len(columns)) if layout.has_rows(i)]
-        values, rows_finite = summed_rows_gramian(
-            [blocks[i] for i in needed],
-            [columns[i] for i in needed],
-            scale,
-            group,
-            dtype,
-            device,
-        )
+        values, rows_finite = summed_rows_gramian(blocks, exchange, scale, group, dtype, device)
         flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
-    # One buffer: the Gramian and the flags, in one collective.
-    buffer = torch.cat([values.reshape(-1), flags.reshape(-1)])
+    # One buffer: half of the Gramian and the flags, in one collective.
+    lower = torch.ones(m, m, dtype=torch.bool, device=device).tril_()
+    half = values[lower]
+    buffer = torch.cat([half, flags.reshape(-1)])
     group.all_reduce(buffer)
-    values = buffer[: m * m].view(m, m)
-    flags = buffer[m * m :].view(flags.shape) > 0
+    values = torch.zeros_like(values)
+    values[lower] = buffer[: len(half)]
+    flags = buffer[len(half) :].view(flags.shape) > 0
     if layout.sharded:
         flags = flags | ~torch.isfinite(values.diagonal())
-    return GramianParts(_symmetric(values), flags)
+    return GramianParts(mirror_(values), flags, exchange)
+
+
+def planned(
+    layout: GlobalLayout, columns: Sequence[int], size: int, itemsize: int, prefer: Prefer
+) -> Plan:
+    """The exchange of all ranks' blocks."""
+    if layout.sharded:
+        k = layout.objectives
+        return plan(layout.shapes, columns, layout.sizes, k, itemsize=itemsize, prefer=prefer)
+    # Parameters that no rank has rows for (frozen ones, say) need not travel.
+    needed = [i for i in range(len(columns)) if layout.has_rows(i)]
+    return plan_sums(needed, columns, layout.whole.num_rows, size, itemsize=itemsize)
 
 
 def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjectiveError:
@@ -229,8 +240,3 @@ def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjec
         ".grad was written. Lower the learning rate, look at that rank's data, or create the "
         "engine with nonfinite='skip'."
     )
-
-
-def _symmetric(gramian: Tensor) -> Tensor:
-    """Each pair of rows is multiplied once or twice, in some order: make both entries the same."""
-    return (gramian + gramian.T) / 2

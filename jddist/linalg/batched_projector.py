@@ -187,7 +187,7 @@ def _solve_together(
 
 
 def _powers_of_two(vectors: Tensor) -> Tensor:
-    """About the size of each vector [k, m], of shape [k, 1]; divided by it none over- or underflows.
+    """About the size of each vector [k, m], of shape [k, 1]: divided by it, none overflows.
 
     The problems are homogeneous, and dividing by a power of two rounds nothing.
     """
