@@ -43,13 +43,12 @@ def convolution(record: LayerRecord) -> dict[str, JacobianBlock] | None:
         _MODES.get(module.padding_mode, module.padding_mode),
     )
     grads = _grads(record, module.out_channels)
-    convolves = module.groups == 1 and Patches.can_convolve(
-        images, window, grads.shape[1], grads.dtype
-    )
-    patches = Patches(images, window, convolves=convolves)
+    fast = Patches.can_convolve(images, window, grads, module.groups)
+    patches = Patches(images, window, convolves=fast and module.groups == 1)
     blocks: dict[str, JacobianBlock] = {}
     if module.weight.requires_grad:
-        blocks["weight"] = _weight(patches, grads, module, module.in_channels)
+        make = _grouped_weight if module.groups > 1 else _weight
+        blocks["weight"] = make(patches, grads, module, fast)
     if module.bias is not None and module.bias.requires_grad:
         blocks["bias"] = OuterBlock(None, grads, ones=True)
     return blocks
@@ -89,22 +88,32 @@ def transposed_convolution(record: LayerRecord) -> dict[str, JacobianBlock] | No
     return blocks
 
 
-def _weight(patches: Patches, grads: Tensor, module: _ConvNd, channels: int) -> JacobianBlock:
-    taps, groups, out = prod(module.kernel_size), module.groups, module.out_channels
-    if groups == 1:
-        natural = taps == 1 or patches.convolves
-        order = None if natural else ColumnOrder((out, taps, channels), (0, 2, 1))
-        return OuterBlock(patches, grads, order=order)
-    b, k, t, _ = grads.shape
+def _weight(patches: Patches, grads: Tensor, module: _ConvNd, fast: bool) -> JacobianBlock:
+    taps = prod(module.kernel_size)
+    if fast or taps == 1:
+        return OuterBlock(patches, grads)
+    shape = (module.out_channels, taps, module.in_channels)
+    return OuterBlock(patches, grads, order=ColumnOrder(shape, (0, 2, 1)))
+
+
+def _grouped_weight(patches: Patches, grads: Tensor, module: _ConvNd, fast: bool) -> JacobianBlock:
+    """Rows as they are: groups make them short."""
+    b, k, t, out = grads.shape
+    groups, taps = module.groups, prod(module.kernel_size)
     dtype = torch.promote_types(compute_dtype(grads), patches.dtype)
+    rows = torch.empty(b * k, module.weight.numel(), dtype=dtype, device=grads.device)
+    if fast:
+        for part, tile in patches.row_tiles(grads[:, 0], rows, groups):
+            rows[part] = tile.flatten(1)
+        return DenseBlock(rows)
     step = max(1, _PATCHES // max(1, prod(patches.shape[1:])))
-    pieces = []
     for low in range(0, b, step):
         high = min(b, low + step)
         a = patches.samples(low, high, dtype).view(high - low, t, taps, groups, -1)
         g = grads[low:high].to(dtype).reshape(high - low, k, t, groups, -1)
-        pieces.append(torch.einsum("bkpgo,bptgc->bkgoct", g, a).reshape((high - low) * k, -1))
-    return DenseBlock(torch.cat(pieces))
+        tile = torch.einsum("bkpgo,bptgc->bkgoct", g, a)
+        rows[low * k : high * k] = tile.reshape((high - low) * k, -1)
+    return DenseBlock(rows)
 
 
 def _images(record: LayerRecord, x: Tensor) -> Tensor | None:

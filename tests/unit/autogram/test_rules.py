@@ -28,7 +28,7 @@ GRAMIAN, GRADIENT = 1e-10, 1e-12
 # Step 1 and 2 are checked by the engine itself and differentiate; at step 3 the rows are combined.
 STEPS = 3
 
-few = settings(max_examples=25)
+few = settings(max_examples=15)
 sizes = st.integers(1, 4)
 batch_dims = st.sampled_from([0, None])
 
@@ -140,7 +140,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     return layer, (into, *size)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(drawn=convolutions(), b=sizes, k=st.integers(1, 2))
 @pytest.mark.parametrize("batch_dim", [0, None])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -151,7 +151,7 @@ def test_convolution(
     check(layer, _normal(b, *shape), batch_dim, k)
 
 
-@settings(max_examples=15)
+@few
 @given(
     kernel=st.sampled_from([(3, 3), (1, 2), (2, 1)]),
     stride=st.sampled_from([1, 2]),
@@ -159,6 +159,7 @@ def test_convolution(
     dilation=st.sampled_from([1, 2]),
     b=st.sampled_from([1, 5, 16, 19]),  # more than one convolution has groups for
     bias=st.booleans(),
+    groups=st.sampled_from([1, 1, 2, 8]),
     budget=st.sampled_from([0, 1 << 26]),
 )
 def test_convolution_of_many_channels_in_float32(
@@ -168,10 +169,11 @@ def test_convolution_of_many_channels_in_float32(
     dilation: int,
     b: int,
     bias: bool,
+    groups: int,
     budget: int,
 ) -> None:
     """Rows that the library's own kernels form, group by group."""
-    layer = nn.Conv2d(16, 8, kernel, stride, padding, dilation, bias=bias)
+    layer = nn.Conv2d(16, 8, kernel, stride, padding, dilation, groups, bias=bias)
     engine = Engine(layer, batch_dim=0, memory_budget=budget)
     parameters = list(layer.parameters())
     for _ in range(STEPS):
