@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .matrix import Matrix, PSDMatrix, PSDTensor, is_psd_tensor
 
-
 # How many columns of half precision are worked on at a time.
 _CHUNK = 1 << 16
 
