@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Columns(ABC):
@@ -134,3 +134,23 @@ def register_sharded(kind: type[Tensor], run: Runner) -> None:
 def runner_of(matrix: Tensor) -> Runner | None:
     """What was registered for the type of `matrix`, or None."""
     return next((run for kind, run in _runners.items() if isinstance(matrix, kind)), None)
+
+
+class UsesSettings(nn.Module):
+    """Mixin of modules that every shard runs by itself, so that their settings must be the same.
+
+    Attributes:
+        settings: The names of the attributes: numbers, tensors or None.
+    """
+
+    settings: ClassVar[tuple[str, ...]]
+
+
+def settings_of(module: nn.Module) -> list[object]:
+    """The settings of the module and its submodules that every shard uses, as JSON values."""
+    found: list[object] = []
+    for part in module.modules():
+        if isinstance(part, UsesSettings):
+            values = [getattr(part, name) for name in part.settings]
+            found += [v.detach().tolist() if isinstance(v, Tensor) else v for v in values]
+    return found

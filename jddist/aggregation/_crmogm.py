@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from jddist._stateful import Stateful
 
+from ._columns import UsesSettings
 from ._memory import Remembers
 from ._weightings import Weighting, _Stat_contra
 
 
-class CRMOGMWeighting(Weighting[_Stat_contra], Remembers):
+class CRMOGMWeighting(Weighting[_Stat_contra], UsesSettings, Remembers):
     """A moving average of the weights that another weighting gives.
 
     "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond" (NeurIPS
@@ -29,6 +32,8 @@ class CRMOGMWeighting(Weighting[_Stat_contra], Remembers):
         ValueError: `alpha` is out of its range, or at call time the number of objectives is not
             that of `initial_weights` or of the call before.
     """
+
+    settings: ClassVar[tuple[str, ...]] = ("alpha", "initial_weights")
 
     def __init__(
         self,

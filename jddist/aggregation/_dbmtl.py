@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,14 @@ from jddist._stateful import Stateful
 from jddist.linalg.matrix import Matrix
 
 from ._bases import Aggregator
-from ._columns import current_columns, weigh
+from ._columns import UsesSettings, current_columns, weigh
 from ._losses import NeedsLosses
 from ._memory import ColumnState
 
 EPS = 1e-8
 
 
-class DBMTL(Aggregator, NeedsLosses, Stateful):
+class DBMTL(Aggregator, NeedsLosses, UsesSettings, Stateful):
     """Sums the moving averages of the rows of the log-losses, all scaled to the longest one.
 
     "Dual-Balancing for Multi-Task Learning" (arXiv:2308.12029), Algorithm 1. With l the losses, the
@@ -42,6 +44,7 @@ class DBMTL(Aggregator, NeedsLosses, Stateful):
 
     differentiable = False  # The calls before are not part of the graph.
     acts_on_columns = True
+    settings: ClassVar[tuple[str, ...]] = ("beta",)
 
     def __init__(self, beta: float = 0.9) -> None:
         super().__init__()

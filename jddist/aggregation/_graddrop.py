@@ -12,7 +12,7 @@ from jddist.linalg._format import vector_suffix
 from jddist.linalg.matrix import Matrix
 
 from ._bases import Aggregator
-from ._columns import current_columns
+from ._columns import UsesSettings, current_columns
 
 # How many columns are drawn and worked on at a time.
 CHUNK = 1 << 20
@@ -22,7 +22,7 @@ def _identity(purity: Tensor) -> Tensor:
     return purity
 
 
-class GradDrop(Aggregator):
+class GradDrop(Aggregator, UsesSettings):
     """Keeps, in each column of the Jacobian, the entries of one randomly chosen sign.
 
     Lines 10 to 15 of Algorithm 1 of "Just Pick a Sign: Optimizing Deep Multitask Models with
@@ -44,6 +44,7 @@ class GradDrop(Aggregator):
     """
 
     columnwise: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ("leak",)
     differentiable = False  # The choice of a sign has no derivative.
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,12 @@ from jddist.linalg.gramian import compute_gramian
 from jddist.linalg.matrix import Matrix
 
 from ._bases import Aggregator, Forwarded, combine
-from ._columns import current_columns, weigh
+from ._columns import UsesSettings, current_columns, weigh
 from ._memory import ColumnState
 from ._modo import MoDoWeighting
 
 
-class MoCo(Aggregator, Stateful):
+class MoCo(Aggregator, UsesSettings, Stateful):
     """Combines moving averages of the rows, with weights that follow their conflict.
 
     "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Stochastic
@@ -43,6 +45,7 @@ class MoCo(Aggregator, Stateful):
 
     differentiable = False  # The calls before are not part of the graph.
     acts_on_columns = True
+    settings: ClassVar[tuple[str, ...]] = ("beta",)
     gamma = Forwarded[float, float]("weighting")
     rho = Forwarded[float, float]("weighting")
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from jddist.linalg.matrix import Matrix
 
 from ._bases import Aggregator
+from ._columns import UsesSettings
 
 
-class TrimmedMean(Aggregator):
+class TrimmedMean(Aggregator, UsesSettings):
     """Averages each column of the Jacobian without its largest and smallest values.
 
     "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates" (arXiv:1803.01498),
@@ -26,6 +27,7 @@ class TrimmedMean(Aggregator):
     """
 
     columnwise: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ("trim_number",)
 
     def __init__(self, trim_number: int) -> None:
         super().__init__()

@@ -113,7 +113,9 @@ def aggregate_dtensor(aggregator: Callable[[Tensor], Tensor], jacobian: Tensor) 
         The vector [n]: ``Replicate`` for a Jacobian that is, else ``Shard(0)``.
 
     Raises:
-        ValueError: The aggregator needs all columns, or the placement is none of these.
+        ValueError: The aggregator needs all columns, or the placement is none of these. (Or the
+            local part is not of the size of DTensor's own cut: that is raised where it is so, and
+            ends the other ranks by the group's timeout. Nothing is sent to find out.)
         RankError: A weighting failed on rank 0.
     """
     assert isinstance(aggregator, Aggregator) and isinstance(jacobian, DTensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ class RankDealer(Dealer):
         self.failed = False
         self._group = group
 
-    def gather(self, mine: Tensor, counts: list[int]) -> list[Tensor]:
-        self._agree(_GATHERS, None)
+    def gather(self, mine: Tensor, counts: list[int], problems: bytes) -> list[Tensor]:
+        self._agree(_GATHERS, None, problems)
         m = mine.shape[1]
         parts = self._group.all_gather_uneven(mine.reshape(-1), [count * m for count in counts])
         return [part.view(-1, m) for part in parts]
@@ -38,17 +39,19 @@ class RankDealer(Dealer):
         """Raises RankError on every rank if any had an error."""
         self._agree(_ENDS, error)
 
-    def _agree(self, step: int, error: Exception | None) -> None:
+    def _agree(self, step: int, error: Exception | None, problems: bytes = b"") -> None:
         message = ("" if error is None else f"{type(error).__name__}: {error}").encode() or b"-"
         status = _OK if error is None else _FAILED
-        headers = self._group.gather_header(torch.tensor([status, step, len(message)])).tolist()
+        digest = int.from_bytes(blake2b(problems, digest_size=8).digest(), "little", signed=True)
+        header = torch.tensor([status, step, len(message), digest])
+        headers = self._group.gather_header(header).tolist()
         failed = [rank for rank, header in enumerate(headers) if header[0] == _FAILED]
         if failed:
             self.failed = True
             texts = self._group.gather_payloads(message, [header[2] for header in headers])
             listed = "; ".join(f"on rank {rank}: {texts[rank].decode()}" for rank in failed)
             raise RankError(f"The weighting failed {listed}") from error
-        if len({header[1] for header in headers}) > 1:
+        if len({(header[1], header[3]) for header in headers}) > 1:
             self.failed = True
             raise LayoutMismatchError(
                 "Found ranks whose weightings solve different problems; expected the same "

@@ -27,22 +27,23 @@ class Dealer(ABC):
     num_shares: int
 
     @abstractmethod
-    def gather(self, mine: Tensor, counts: list[int]) -> list[Tensor]:
+    def gather(self, mine: Tensor, counts: list[int], problems: bytes) -> list[Tensor]:
         """All shares' solutions.
 
         Args:
             mine: One's own solutions [k_r, m].
             counts: k_r of every share.
+            problems: What has to be the same for all shares.
         """
 
     def rows_of(self, share: int, k: int) -> slice:
         """Which of k problems belong to a share: every num_shares-th, for neighbours are alike."""
         return slice(share, k, self.num_shares)
 
-    def collect(self, mine: Tensor, k: int) -> Tensor:
-        """The solutions [k, m] of all shares, in order."""
+    def collect(self, mine: Tensor, k: int, problems: bytes) -> Tensor:
+        """The solutions [k, m] of all shares, in order; ``problems`` as for ``gather``."""
         rows = [self.rows_of(share, k) for share in range(self.num_shares)]
-        parts = self.gather(mine, [len(range(k)[r]) for r in rows])
+        parts = self.gather(mine, [len(range(k)[r]) for r in rows], problems)
         solutions = mine.new_empty(k, mine.shape[1])
         for r, part in zip(rows, parts, strict=True):
             solutions[r] = part

@@ -89,7 +89,9 @@ class BatchedProjector(RegularizedProjector):
         if dealer is None or not self.deals(k, m):
             return self._solve_here(vectors, gramian)
         mine = vectors[dealer.rows_of(dealer.share, k)]
-        return dealer.collect(self._solve_here(mine, gramian), k)
+        # The Gramian is everyone's; the vectors and parameters are each rank's own.
+        problems = f"{self!r} ".encode() + vectors.cpu().numpy().tobytes()
+        return dealer.collect(self._solve_here(mine, gramian), k, problems)
 
     def _solve_here(self, vectors: Tensor, gramian: Tensor) -> Tensor:
         scales = _powers_of_two(vectors)
@@ -160,6 +162,7 @@ class AutomaticProjector(QuadprogProjector):
 
     def _solve(self, vectors: Tensor, gramian: Tensor) -> Tensor:
         if _is_worthwhile(vectors.shape[0], gramian.shape[0]):
+            self._batched.norm_eps, self._batched.reg_eps = self.norm_eps, self.reg_eps
             return self._batched._solve(vectors, gramian)
         return super()._solve(vectors, gramian)
 
@@ -187,9 +190,10 @@ def _solve_together(
 
 
 def _powers_of_two(vectors: Tensor) -> Tensor:
-    """About the size of each vector [k, m], of shape [k, 1]: divided by it, none overflows.
+    """About the size of each vector [k, m], of shape [k, 1].
 
-    The problems are homogeneous, and dividing by a power of two rounds nothing.
+    The problems are homogeneous: divided by it, no vector over- or underflows. Dividing by a power
+    of two rounds nothing.
     """
     exponents = torch.frexp(vectors.abs().amax(dim=1, keepdim=True)).exponent.clamp(-1000, 1000)
     return 2.0 ** exponents.to(vectors)

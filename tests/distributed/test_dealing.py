@@ -14,7 +14,7 @@ from jddist.autogram import Engine
 from jddist.distribution.collectives import Group
 from jddist.distribution.once import Job, run_on_rank_zero
 from jddist.errors import LayoutMismatchError, RankError
-from jddist.linalg import BatchedProjector
+from jddist.linalg import AutomaticProjector, BatchedProjector, QuadprogProjector
 from jddist.linalg._dealing import is_dealt
 from tests._ranks import run_ranks
 from tests.distributed._training import local_part, make_network, wrap
@@ -117,6 +117,42 @@ def test_a_failure_on_one_rank_ends_all() -> None:
     ):
         assert f"rank {bad}" in text and word in text
     assert "same weighting" in results[0][-1]
+
+
+def _mixed(rank: int, world_size: int) -> list[str | Tensor]:
+    group, gramian = Group(dist.group.WORLD), make_gramian("conflicting", M)
+    quadprog = UPGradWeighting(projector=QuadprogProjector(norm_eps=0))
+    preferring = UPGradWeighting(torch.ones(M) * (1 + rank), BatchedProjector(deal_from=2))
+    regular = UPGradWeighting(projector=BatchedProjector(reg_eps=1e-3 / (1 + rank), deal_from=2))
+    automatic = UPGradWeighting(projector=AutomaticProjector(reg_eps=1e-3 / (1 + rank)))
+    automatic.projector._batched.deal_from = 2
+    found: list[str | Tensor] = []
+    for mine in (
+        quadprog if rank == 0 else weighting(2),
+        weighting(2) if rank == 0 else quadprog,
+        weighting(2) if rank == 0 else torch.diagonal,
+        weighting(2 + rank * M),
+        preferring,
+        regular,
+        automatic,
+    ):
+        large = mine is automatic  # beyond what it gives to quadprog
+        matrix = make_gramian("conflicting", 2 * M) if large else gramian
+        try:
+            (weights,) = run_on_rank_zero(group, [Job(mine, matrix, matrix.shape[:1])])
+            found.append(weights)
+        except LayoutMismatchError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_with_other_weightings_follow_or_fail_together() -> None:
+    results = run_ranks(_mixed, 2, timeout=20.0)
+    # Where rank 0 does not deal, what the others have does not matter.
+    expected = weighting(None)(make_gramian("conflicting", M))
+    for followed, *refused in results:
+        assert float((followed - expected).abs().max()) <= 1e-11 * float(expected.max())
+        assert all("different problems" in text for text in refused), refused
 
 
 def _engine_steps(rank: int, world_size: int, deal_from: int | None) -> tuple[Tensor, Tensor]:

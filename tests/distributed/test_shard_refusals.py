@@ -15,12 +15,17 @@ from jddist import attach
 from jddist.aggregation import (
     DBMTL,
     Aggregator,
+    Constant,
+    ConstantWeighting,
     CRMOGMWeighting,
     ExcessMTL,
     ExcessMTLWeighting,
     Flattening,
+    GradDrop,
     GradNorm,
     Mean,
+    MoCo,
+    TrimmedMean,
     UPGrad,
     WeightedAggregator,
     Weighting,
@@ -82,6 +87,8 @@ def _refusals(rank: int, world_size: int) -> dict[str, str]:
     engine = Engine(wrap(make_network()), batch_dim=0)
     gramian = torch.eye(3)
     rank_losses = torch.full((M,), 1.0 + rank)
+    own = torch.full((M,), 0.5 + 0.1 * rank)
+    constant = ConstantWeighting(own)
     calls: dict[str, Callable[[], Any]] = {
         "unknown, DTensor": lambda: _Whole()(dtensor),
         "unknown, jac_to_grad": lambda: on_jacs(_Whole()),
@@ -96,6 +103,11 @@ def _refusals(rank: int, world_size: int) -> dict[str, str]:
         "no losses": lambda: GradNorm()(dtensor),
         "no losses, columns": lambda: DBMTL()(dtensor),
         "own losses": lambda: on_jacs(with_losses(GradNorm(), rank_losses)),
+        "own weights": lambda: on_jacs(Constant(own)),
+        "own weights, smoothed": lambda: on_jacs(WeightedAggregator(CRMOGMWeighting(constant))),
+        "own leak": lambda: on_jacs(GradDrop(leak=own)),
+        "own trim": lambda: on_jacs(TrimmedMean(rank)),
+        "own beta": lambda: on_jacs(MoCo(beta=0.5 + 0.1 * rank)),
         "state on shards": lambda: after_shards(ExcessMTL()),
     }
     return {name: _message(call) for name, call in calls.items()}
@@ -113,6 +125,10 @@ EXPECTED = {
     "no losses": "RankError: The weighting failed on rank 0: ValueError: GradNormWeighting needs",
     "no losses, columns": "ValueError: DBMTL needs the values of the losses",
     "own losses": "LayoutMismatchError: Found ranks that disagree in jac_to_grad on losses",
+    **{
+        f"own {name}": "LayoutMismatchError: Found ranks that disagree in jac_to_grad on settings"
+        for name in ("weights", "weights, smoothed", "leak", "trim", "beta")
+    },
     "state on shards": "ValueError: Found a state that is spread over ranks",
 }
 
