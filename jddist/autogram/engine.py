@@ -20,11 +20,13 @@ from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
 from jddist.distribution.counts import Count, checked_count
+from jddist.distribution.exchange import describe
 from jddist.distribution.once import Job
+from jddist.distribution.planning import Plan, Prefer, check_prefer
 from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
-from . import global_pass
+from . import explanation, global_pass
 from .blocks import DEFAULT_BUDGET, Scratch
 from .book_keeping import Books, agreed, combined, differentiated, no_hooks
 from .capture import Capture, paused
@@ -63,6 +65,9 @@ class Engine:
             slower: rows are then formed in smaller tiles, or twice. 256 MiB by default.
         nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
             NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
+        prefer: How the exchange between ranks is chosen for each layer: "bytes" for the fewest
+            bytes, "time" to weigh the operations of each rank too. See
+            :func:`jddist.distribution.plan`.
 
     Raises:
         UnsupportedModelError: A module or a wrapper with which the answer cannot be exact.
@@ -78,7 +83,9 @@ class Engine:
         distribution: Distribution | None = None,
         memory_budget: int = DEFAULT_BUDGET,
         nonfinite: Literal["raise", "skip"] = "raise",
+        prefer: Prefer = "bytes",
     ) -> None:
+        check_prefer(prefer)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Found nonfinite={nonfinite!r}; expected 'raise' or 'skip'.")
         given, recursive = _given_modules(modules)
@@ -108,6 +115,9 @@ class Engine:
         self._local_pass = LocalPass(self._table, batch_dim is not None, scratch)
         # Two batches have no batch dimension in common: one backward pass per objective.
         self._joint_pass = LocalPass(self._table, False, scratch)
+        self._prefer = prefer
+        self._tile = scratch.tile_elements(torch.float32)
+        self._taken: explanation.Taken | None = None
         self._layout: GlobalLayout | None = None
         self._dtype = torch.float32
         self._books = Books.NO
@@ -148,8 +158,11 @@ class Engine:
         return self._gramian(output, layout, blocks)
 
     def _gramian(self, output: Tensor, layout: GlobalLayout, blocks: Blocks) -> Tensor:
-        parts = global_pass.gramian(self._distribution, layout, blocks, output, self._table)
+        parts = global_pass.gramian(
+            self._distribution, layout, blocks, output, self._table, self._prefer
+        )
         self._layout, self._skip = layout, False
+        self._taken = self._taken_with(layout, blocks, parts.plan)
         if not parts.finite:
             error = global_pass.nonfinite_error(layout, parts)
             if self._nonfinite == "raise":
@@ -158,6 +171,32 @@ class Engine:
             self._skip = True
         values = parts.values.to(torch.promote_types(output.dtype, torch.float32))
         return layout.whole.generalized(values)
+
+    def explain(self) -> str:
+        """What the last Gramian took, as a table with one row per layer.
+
+        It says for each module with parameters its rule, the form in which products of rows were
+        computed, the exchange between ranks, and, predicted from shapes, the floating-point
+        operations, the bytes that this rank sends, and the memory. Nothing is computed or sent;
+        ranks may differ.
+        """
+        if self._taken is None:
+            return "No step was taken yet: call compute_gramian or backward first."
+        return explanation.as_text(explanation.reports(self._table, self._taken), self._taken)
+
+    def _taken_with(
+        self, layout: GlobalLayout, blocks: Blocks, plan: Plan | None
+    ) -> explanation.Taken:
+        return explanation.Taken(
+            tuple(describe(blocks, factors=True)),
+            layout.local.batch,
+            layout.local.objectives,
+            self._local_pass.direct,
+            self._distribution.group.rank,
+            plan,
+            torch.promote_types(self._dtype, torch.float32).itemsize,
+            self._tile,
+        )
 
     def cross_gramian(
         self,
@@ -187,7 +226,9 @@ class Engine:
         """
         layout, blocks, infos = self._prepare("Engine.cross_gramian", (first, second), counts)
         joint = JointOutput.of(first, second, self._batch_dim)
-        parts = global_pass.gramian(self._distribution, layout, blocks, joint.output, self._table)
+        parts = global_pass.gramian(
+            self._distribution, layout, blocks, joint.output, self._table, self._prefer
+        )
         self._layout = None
         if not parts.finite:
             raise global_pass.nonfinite_error(layout, parts)
@@ -377,6 +418,7 @@ class Engine:
             agree = global_pass.must_agree(
                 self._table, outputs, layouts, self._placement, count is not None
             )
+            agree["prefer"] = self._prefer
             if weights is not None:
                 agree["shape of the weights"] = list(weights.shape)
             else:
