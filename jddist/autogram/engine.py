@@ -21,11 +21,13 @@ from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
 from jddist.distribution.counts import Count, checked_count
+from jddist.distribution.exchange import describe
 from jddist.distribution.once import Job
+from jddist.distribution.planning import Plan, Prefer, check_prefer
 from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
-from . import global_pass
+from . import explanation, global_pass
 from .accumulation import Accumulation, Joined, MicroBatch, stack_blocks
 from .blocks import DEFAULT_BUDGET, Scratch
 from .book_keeping import Books, agreed, combined, differentiated, no_hooks
@@ -78,6 +80,9 @@ class Engine:
             slower: rows are then formed in smaller tiles, or twice. 96 MiB by default.
         nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
             NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
+        prefer: How the exchange between ranks is chosen for each layer: "bytes" for the fewest
+            bytes, "time" to weigh the operations of each rank too. See
+            :func:`jddist.distribution.plan`.
 
     Raises:
         UnsupportedModelError: A module or a wrapper with which the answer cannot be exact.
@@ -93,7 +98,9 @@ class Engine:
         distribution: Distribution | None = None,
         memory_budget: int = DEFAULT_BUDGET,
         nonfinite: Literal["raise", "skip"] = "raise",
+        prefer: Prefer = "bytes",
     ) -> None:
+        check_prefer(prefer)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Found nonfinite={nonfinite!r}; expected 'raise' or 'skip'.")
         given, recursive = _given_modules(modules)
@@ -121,8 +128,12 @@ class Engine:
             [owner.module for owner in self._table.owners],
             [o.module for o in self._table.owners if replays(o.rule, batch_dim is not None)],
         )
-        self._local_pass = LocalPass(self._table, batch_dim is not None, Scratch(memory_budget))
+        scratch = Scratch(memory_budget)
+        self._local_pass = LocalPass(self._table, batch_dim is not None, scratch)
         self._accumulation: Accumulation | None = None
+        self._prefer = prefer
+        self._tile = scratch.tile_elements(torch.float32)
+        self._taken: explanation.Taken | None = None
         self._layout: GlobalLayout | None = None
         self._dtype = torch.float32
         self._books = Books.NO
@@ -169,8 +180,11 @@ class Engine:
         blocks: Blocks,
         scale: float | Tensor | None = None,
     ) -> Tensor:
-        parts = global_pass.gramian(self._distribution, layout, blocks, output, self._table)
+        parts = global_pass.gramian(
+            self._distribution, layout, blocks, output, self._table, self._prefer
+        )
         self._layout, self._skip = layout, False
+        self._taken = self._taken_with(layout, blocks, parts.plan)
         if not parts.finite and scale is None:
             error = global_pass.nonfinite_error(layout, parts)
             if self._nonfinite == "raise":
@@ -189,6 +203,32 @@ class Engine:
         if scale is not None and bool(gramian.isnan().any()):
             return gramian.new_full(gramian.shape[: gramian.ndim // 2], torch.nan)
         return self.compute_weights(gramian, weighting)
+
+    def explain(self) -> str:
+        """What the last Gramian took, as a table with one row per layer.
+
+        It says for each module with parameters its rule, the form in which products of rows were
+        computed, the exchange between ranks, and, predicted from shapes, the floating-point
+        operations, the bytes that this rank sends, and the memory. Nothing is computed or sent;
+        ranks may differ.
+        """
+        if self._taken is None:
+            return "No step was taken yet: call compute_gramian or backward first."
+        return explanation.as_text(explanation.reports(self._table, self._taken), self._taken)
+
+    def _taken_with(
+        self, layout: GlobalLayout, blocks: Blocks, plan: Plan | None
+    ) -> explanation.Taken:
+        return explanation.Taken(
+            tuple(describe(blocks, factors=True)),
+            layout.local.batch,
+            layout.local.objectives,
+            self._local_pass.direct,
+            self._distribution.group.rank,
+            plan,
+            torch.promote_types(self._dtype, torch.float32).itemsize,
+            self._tile,
+        )
 
     def cross_gramian(
         self,
@@ -224,7 +264,9 @@ class Engine:
 
         layout, blocks, infos = self._agree("Engine.cross_gramian", local)
         assert joint is not None
-        parts = global_pass.gramian(self._distribution, layout, blocks, joint.output, self._table)
+        parts = global_pass.gramian(
+            self._distribution, layout, blocks, joint.output, self._table, self._prefer
+        )
         self._layout = None
         if not parts.finite:
             raise global_pass.nonfinite_error(layout, parts)
@@ -572,6 +614,7 @@ class Engine:
         has_count: bool,
     ) -> _Local:
         agree = global_pass.must_agree(self._table, outputs, layouts, self._placement, has_count)
+        agree["prefer"] = self._prefer
         return _Local(layout, outputs[0].dtype, agree=agree)
 
     def _layout_of(self, output: Tensor) -> OutputLayout:

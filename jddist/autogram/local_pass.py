@@ -55,6 +55,7 @@ class LocalPass:
         samples: The batch size that the modules saw in the last pass, as far as can be told.
         accounted: Whether the last graph led to no other leaves than the table's parameters.
         freed: Whether the last pass freed the graph.
+        direct: The parameters whose rows the last pass computed directly.
     """
 
     table: ParameterTable
@@ -63,6 +64,7 @@ class LocalPass:
     samples: int = 0
     accounted: bool = False
     freed: bool = False
+    direct: frozenset[int] = frozenset()
     _direct: dict[Hashable, frozenset[int]] = field(default_factory=dict)
     _steps: dict[Hashable, int] = field(default_factory=dict)
 
@@ -81,7 +83,7 @@ class LocalPass:
         Raises:
             ModifiedInputError: An input of a recorded call was changed in place.
         """
-        self.samples, self.freed = 0, False
+        self.samples, self.freed, self.direct = 0, False, frozenset()
         graph = explore(output)
         self.accounted = graph.leaves <= self.table.index_of.keys()
         if layout.num_rows == 0:
@@ -112,6 +114,7 @@ class LocalPass:
         due = self._is_due(signature)
         self.freed = free and not due and known == frozenset() == start
         blocks, direct = self._compute(output, layout, calls, reached, start)
+        self.direct = direct
         if due:
             entries = [self._entry(i) for i in sorted(reached - direct)]
             eps = _coarsest_rounding(calls)
@@ -122,7 +125,7 @@ class LocalPass:
             if self.batched:  # without a batch dimension the direct way is the usual one
                 news = direct if known is None else frozenset[int]()
                 self._warn_about(news, wrong, had_calls=bool(graph.calls))
-            self._direct[signature] = direct | wrong
+            self._direct[signature] = self.direct = direct | wrong
             self._fill_directly(output, layout, blocks, wrong)
         return blocks
 

@@ -229,7 +229,7 @@ def rows_step(ranks: Batches, parameters: tuple[int, ...], columns: Sequence[int
     flops = 2.0 * _SQUARE * ranks.num_rows**2 * mine
     for index in parameters:
         flops = flops + ranks.spread(
-            [_forming(b, ranks.objectives, shapes[index]) for b, shapes in ranks.groups]
+            [forming_flops(b, ranks.objectives, shapes[index]) for b, shapes in ranks.groups]
         )
     return Step(
         parameters,
@@ -340,7 +340,7 @@ def _own(batch: int, shape: BlockShape, k: int) -> float:
     return min(pairwise_flops(*sizes, *dims, own=True), materialised_flops(*sizes, *dims, own=True))
 
 
-def _forming(batch: int, k: int, shape: BlockShape) -> float:
+def forming_flops(batch: int, k: int, shape: BlockShape) -> float:
     """What it costs a rank to form its rows."""
     if shape.kind == "outer":
         matrix = max(1, shape.in_features) * shape.out_features

@@ -13,6 +13,8 @@ from jddist.distribution import BlockShape, Plan, Scheme, plan
 from jddist.distribution.collectives import column_bounds
 from jddist.distribution.planning import plan_sums
 from jddist.distribution.schemes import partners_of, receivers_of, shard_widths
+from tests.benchmark.models import MODELS
+from tests.benchmark.planning import row, shapes_of
 
 NONE, DENSE = BlockShape("none"), BlockShape("dense")
 
@@ -239,3 +241,18 @@ def test_sums_over_partners(values: list[int], turn: int) -> None:
     expected = [sum(values[s] for s in partners_of(r, size, turn)) for r in range(size)]
     found = _over_partners(torch.tensor(values, dtype=torch.float64), turn)
     assert found.tolist() == expected
+
+
+def test_the_table_of_the_models() -> None:
+    """The benchmark's rows come from the models' own layers: here 784-1024-1024-10 at b = 256."""
+    shapes, columns = shapes_of(MODELS["mlp256"])
+    assert [(s.kind, s.positions, s.in_features, s.out_features) for s in shapes[::2]] == [
+        ("outer", 1, 784, 1024),
+        ("outer", 1, 1024, 1024),
+        ("outer", 1, 1024, 10),
+    ]
+    assert columns == [784 * 1024, 1024, 1024**2, 1024, 10240, 10]
+    # Two ranks send each other half of their factors on average; the larger layers take turns.
+    layers = sorted([784 + 1024, 2 * 1024, 1024 + 10])
+    sent = 256 * max(layers[0] + layers[1], layers[2]) * 4
+    assert f"{sent / 2**20:.1f} MiB" in row(MODELS["mlp256"], 2, "bytes")
