@@ -99,15 +99,17 @@ class Engine:
             )
         parameters = [entry.parameter for entry in self._table.trainable]
         self._distribution = distribution_of(parameters, selected)
+        self._check_reduced()
         self._check_modules()
         self._capture = Capture(
             [owner.module for owner in self._table.owners],
             [o.module for o in self._table.owners if o.rule is None and batch_dim is not None],
         )
         scratch = Scratch(memory_budget)
-        self._local_pass = LocalPass(self._table, batch_dim is not None, scratch)
+        leaves = self._distribution.leaves
+        self._local_pass = LocalPass(self._table, batch_dim is not None, scratch, leaves)
         # Two batches have no batch dimension in common: one backward pass per objective.
-        self._joint_pass = LocalPass(self._table, False, scratch)
+        self._joint_pass = LocalPass(self._table, False, scratch, leaves)
         self._layout: GlobalLayout | None = None
         self._dtype = torch.float32
         self._books = Books.NO
@@ -359,46 +361,46 @@ class Engine:
         blocks: Blocks = []
         agree: dict[str, Any] = {}
         info: dict[str, Any] = {}
-        try:
-            layouts = [OutputLayout.of(output, self._batch_dim) for output in outputs]
-            for output in outputs:
-                self._check_output(output)
-            self._check_modules()
-            known = [
-                self._rows_of_count(count, layout)
-                for count, layout in zip(counts or (None,) * len(outputs), layouts, strict=True)
-            ]
-            count = None if None in known else [c for rows in known for c in rows or ()]
-            local_pass, output, layout = self._local_pass, outputs[0], layouts[0]
-            if len(outputs) == 2:
-                local_pass = self._joint_pass
-                output = JointOutput.of(*outputs, self._batch_dim).output
-                layout = OutputLayout.of(output, None)
-            agree = global_pass.must_agree(
-                self._table, outputs, layouts, self._placement, count is not None
-            )
-            if weights is not None:
-                agree["shape of the weights"] = list(weights.shape)
-            else:
-                trainable = self._table.trainable
-                taken = step and self._distribution.takes_gradients(
-                    {entry.parameter for entry in trainable}
+        with nullcontext() if weights is not None else self._distribution.first_pass():
+            try:
+                layouts = [OutputLayout.of(output, self._batch_dim) for output in outputs]
+                for output in outputs:
+                    self._check_output(output)
+                self._check_modules()
+                known = [
+                    self._rows_of_count(count, layout)
+                    for count, layout in zip(counts or (None,) * len(outputs), layouts, strict=True)
+                ]
+                count = None if None in known else [c for rows in known for c in rows or ()]
+                local_pass, output, layout = self._local_pass, outputs[0], layouts[0]
+                if len(outputs) == 2:
+                    local_pass = self._joint_pass
+                    output = JointOutput.of(*outputs, self._batch_dim).output
+                    layout = OutputLayout.of(output, None)
+                agree = global_pass.must_agree(
+                    self._table, outputs, layouts, self._placement, count is not None
                 )
-                agree["whether gradients are handed over"] = taken
-                taken = taken and no_hooks(trainable, self._scope)
-                free = taken and not retain_graph and count is None
-                with self._distribution.first_pass():
+                if weights is not None:
+                    agree["shape of the weights"] = list(weights.shape)
+                else:
+                    trainable = self._table.trainable
+                    taken = step and self._distribution.takes_gradients(
+                        {entry.parameter for entry in trainable}
+                    )
+                    agree["whether gradients are handed over"] = taken
+                    taken = taken and no_hooks(trainable, self._scope)
+                    free = taken and not retain_graph and count is None
                     blocks = local_pass.blocks(
                         output, layout, keep=taken and retain_graph, free=free
                     )
-                if taken and local_pass.accounted:
-                    rows = local_pass.freed or (retain_graph and count is None)
-                    books = Books.ROWS if rows else Books.GRADIENTS
-            info = global_pass.to_tell(blocks, layout, count, local_pass.samples)
-            info["both"] = [part.size for part in layouts]
-            info["books"] = [int(books), int(local_pass.freed)]
-        except Exception as failure:  # it is raised again on every rank, by the handshake
-            error = failure
+                    if taken and local_pass.accounted:
+                        rows = local_pass.freed or (retain_graph and count is None)
+                        books = Books.ROWS if rows else Books.GRADIENTS
+                info = global_pass.to_tell(blocks, layout, count, local_pass.samples)
+                info["both"] = [part.size for part in layouts]
+                info["books"] = [int(books), int(local_pass.freed)]
+            except Exception as failure:  # it is raised again on every rank, by the handshake
+                error = failure
         infos = self._distribution.handshake(call, agree, info, error)
         self._dtype = output.dtype
         self._warn_if_uneven(infos)
@@ -437,9 +439,20 @@ class Engine:
                 stacklevel=4,
             )
 
+    def _check_reduced(self) -> None:
+        """Raises UnsupportedModelError if the wrapper's backward would not reduce a gradient."""
+        own = self._distribution.is_own
+        bare = [e.name for e in self._table.trainable if not own(e.parameter)]
+        if bare and self._distribution.group.size > 1:
+            raise UnsupportedModelError(
+                f"Found trainable parameters that are not sharded: {', '.join(bare)}; expected all "
+                "of them to be, since no backward reduces the others' gradients over ranks. Call "
+                "fully_shard on the whole model too."
+            )
+
     def _check_modules(self) -> None:
         ranks = self._distribution.group.size
-        self._table.check_current()
+        self._table.check_current(self._distribution.stand_ins())
         new = [
             name
             for root in self._roots

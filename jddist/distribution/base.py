@@ -54,8 +54,23 @@ class Distribution:
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
-        """Guards differentiation that must not look like the wrapper's own backward."""
+        """Guards differentiation that must not look like the wrapper's own backward.
+
+        It may communicate, so every rank has to enter it, whatever it runs into inside.
+        """
         yield
+
+    def leaves(self) -> dict[Parameter, Tensor]:
+        """Which tensor stands for a parameter in the autograd graph, if it is another one."""
+        return {}
+
+    def stand_ins(self) -> dict[Tensor, Parameter]:
+        """What modules may hold in place of a parameter, with that parameter."""
+        return {}
+
+    def is_own(self, parameter: Tensor) -> bool:
+        """Whether the wrapper reduces the gradient of ``parameter`` over ranks."""
+        return True
 
     def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
         """Reduces gradients that wait for a backward which is not going to take place."""
