@@ -20,6 +20,7 @@ from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
 from jddist.distribution.counts import Count, checked_count
+from jddist.distribution.fully_shard import FullyShard
 from jddist.distribution.once import Job
 from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
@@ -34,6 +35,7 @@ from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
 from .refusals import check_modules
+from .row_blocks import row_blocks
 
 Weigher = Callable[[Tensor], Tensor]
 
@@ -361,7 +363,9 @@ class Engine:
         blocks: Blocks = []
         agree: dict[str, Any] = {}
         info: dict[str, Any] = {}
-        with nullcontext() if weights is not None else self._distribution.first_pass():
+        by_passes = isinstance(self._distribution, FullyShard) and not is_sharded(self._placement)
+        no_pass = by_passes or weights is not None
+        with nullcontext() if no_pass else self._distribution.first_pass():
             try:
                 layouts = [OutputLayout.of(output, self._batch_dim) for output in outputs]
                 for output in outputs:
@@ -382,6 +386,10 @@ class Engine:
                 )
                 if weights is not None:
                     agree["shape of the weights"] = list(weights.shape)
+                elif isinstance(self._distribution, FullyShard) and by_passes:
+                    self._distribution.check_takes_passes()
+                    agree["parameters reached"] = local_pass.reached(output)
+                    blocks = [None] * len(self._table.entries)
                 else:
                     trainable = self._table.trainable
                     taken = step and self._distribution.takes_gradients(
@@ -406,7 +414,11 @@ class Engine:
         self._warn_if_uneven(infos)
         self._books = agreed([info["books"] for info in infos], books)
         rank = self._distribution.group.rank
-        return GlobalLayout.of(layout, infos, rank, self._placement), blocks, infos
+        whole = GlobalLayout.of(layout, infos, rank, self._placement)
+        if weights is None and isinstance(self._distribution, FullyShard) and by_passes:
+            factor = self._distribution.backward_factor(self._placement)
+            whole, blocks = row_blocks(self._distribution, whole, output, self._table, factor)
+        return whole, blocks, infos
 
     def _check_output(self, output: Tensor) -> None:
         sharded = is_sharded(self._placement)

@@ -87,11 +87,7 @@ class LocalPass:
             ModifiedInputError: An input of a recorded call was changed in place.
         """
         self.samples, self.freed = 0, False
-        graph = explore(output)
-        found = self.find_leaves()
-        self._leaves = {e.index: found.get(e.parameter, e.parameter) for e in self.table.entries}
-        self._index_of = {leaf: index for index, leaf in self._leaves.items()}
-        self.accounted = graph.leaves <= self._index_of.keys()
+        graph = self._explore(output)
         if layout.num_rows == 0:
             return [None] * len(self.table.entries)
         free = free and self.accounted and layout.objectives == 1
@@ -103,6 +99,24 @@ class LocalPass:
             for call in graph.calls:
                 call.record.release()
         return blocks
+
+    def reached(self, output: Tensor) -> list[str]:
+        """The names of the parameters that ``output`` depends on; no rows are computed."""
+        graph = self._explore(output)
+        known = [(self.table.owner_of.get(call.record.module), call) for call in graph.calls]
+        self.samples = _samples_seen([(owner, call) for owner, call in known if owner is not None])
+        self.freed = False
+        return sorted(
+            self._entry(i).name for leaf, i in self._index_of.items() if leaf in graph.leaves
+        )
+
+    def _explore(self, output: Tensor) -> ReachedGraph:
+        graph = explore(output)
+        found = self.find_leaves()
+        self._leaves = {e.index: found.get(e.parameter, e.parameter) for e in self.table.entries}
+        self._index_of = {leaf: index for index, leaf in self._leaves.items()}
+        self.accounted = graph.leaves <= self._index_of.keys()
+        return graph
 
     def _checked_blocks(
         self, output: Tensor, layout: OutputLayout, graph: ReachedGraph, free: bool

@@ -41,7 +41,10 @@ class Distribution:
         divisor: The number by which the wrapper divides the sum of the ranks' gradients: the
             number of ranks over which it averages. Set it to 1 if you registered a communication
             hook that sums.
+        shards_columns: Whether every rank holds a part of each parameter, and of each row.
     """
+
+    shards_columns = False
 
     def __init__(self, group: Group, objectives: Placement | None) -> None:
         self.group = group
@@ -161,7 +164,7 @@ def check_placement(placement: Placement) -> Placement:
 
 def is_sharded(placement: Placement) -> bool:
     """Whether every rank has objectives of its own."""
-    return isinstance(placement, Shard)
+    return placement == Shard(0)
 
 
 def is_average(placement: Placement) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.nn.parameter import Parameter
 
+from jddist.autogram.capture import paused
 from jddist.errors import UnsupportedModelError
 
 from .base import Distribution
 from .collectives import Group
+from .cut import new_rows, rows_like
+from .row_passes import RowPass, reduced_rows
 from .unsharding import Unsharding
 
 
@@ -28,6 +31,8 @@ class FullyShard(Distribution):
     Raises:
         UnsupportedModelError: The shards are spread in a way that is not supported.
     """
+
+    shards_columns = True
 
     def __init__(self, roots: Sequence[nn.Module], objectives: Placement | None) -> None:
         self._roots = [weakref.ref(root) for root in roots]
@@ -57,6 +62,38 @@ class FullyShard(Distribution):
     def stand_ins(self) -> dict[Tensor, Parameter]:
         return self._unsharding.stand_ins()
 
+    def check_takes_passes(self) -> None:
+        """Raises ValueError unless rows can be told from gradients that wait for reduction."""
+        if not self._unsharding.reduces() or self._unsharding.has_accumulated():
+            raise ValueError(
+                "Found a fully_shard that does not reduce gradients, or has yet to reduce those of "
+                "earlier backwards; expected one that does, since rows of the Jacobian are reduced "
+                "as they come. Call set_requires_gradient_sync(True): rows accumulate in .jac."
+            )
+
+    def rows(
+        self,
+        passes: Sequence[RowPass],
+        *,
+        retain_graph: bool,
+        summed: Collection[Parameter] = (),
+    ) -> tuple[dict[Parameter, Tensor], list[bool]]:
+        """Rows by one backward pass each; every rank has to call. See ``reduced_rows``."""
+        divisor = self._divide_factor()
+        with paused():
+            return reduced_rows(
+                passes,
+                self.leaves(),
+                self.group,
+                divisor,
+                retain_graph=retain_graph,
+                summed=summed,
+            )
+
+    def no_rows(self, parameter: Parameter) -> Tensor:
+        """The Jacobian of nothing."""
+        return rows_like(parameter, new_rows(parameter, 0))
+
     @contextmanager
     def first_pass(self) -> Iterator[None]:
         """Every rank has to enter: all parameters are gathered, once, before anything else."""
@@ -72,6 +109,9 @@ class FullyShard(Distribution):
 
     def backward_factor(self, placement: Placement) -> float:
         """With ``set_gradient_divide_factor`` the wrapper's divisor is not the number of ranks."""
+        return super().backward_factor(placement) / self.divisor * self._divide_factor()
+
+    def _divide_factor(self) -> float:
         factors = self._unsharding.divide_factors()
         if len(factors) > 1:
             raise ValueError(
@@ -80,9 +120,7 @@ class FullyShard(Distribution):
                 "that fully_shard was called on."
             )
         factor = factors.pop()
-        if factor is None:
-            return super().backward_factor(placement)
-        return super().backward_factor(placement) / self.divisor * factor
+        return self.divisor if factor is None else factor
 
 
 def _only_mesh(roots: Sequence[nn.Module]) -> DeviceMesh:

@@ -76,6 +76,14 @@ def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distri
     return distribution
 
 
+def originals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters themselves, where a wrapper put others in their place."""
+    stand_ins: dict[Tensor, Tensor] = {}
+    for distribution in dict.fromkeys(all_attached()):
+        stand_ins.update(distribution.stand_ins())
+    return [stand_ins.get(tensor, tensor) for tensor in tensors]
+
+
 def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) -> Distribution:
     """The distribution that all the parameters belong to.
 
@@ -89,7 +97,7 @@ def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) ->
     """
     if given is not None:
         return given
-    parameters = list(parameters)
+    parameters = originals(parameters)
     if not parameters and num_ranks() > 1:
         # A call with wrong arguments: the others have to hear of it all the same.
         only = {id(d): d for d in all_attached()}
