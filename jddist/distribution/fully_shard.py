@@ -119,7 +119,18 @@ class FullyShard(Distribution):
                 "FSDPModule.set_gradient_divide_factor is not recursive: call it on every module "
                 "that fully_shard was called on."
             )
+        if self._unsharding.has_reduce_hook():
+            raise ValueError(
+                "Found an all-reduce hook on a module in fully_shard; expected none, since it may "
+                "spread the objectives over more ranks than the mesh has. Remove it."
+            )
         factor = factors.pop()
+        if factor is not None and self.group.size == 1:
+            raise ValueError(
+                f"Found a gradient divide factor ({factor}) on one rank; expected none there, "
+                "since torch divides by it once or twice depending on the dtype. Leave out "
+                "FSDPModule.set_gradient_divide_factor."
+            )
         return self.divisor if factor is None else factor
 
 

@@ -68,6 +68,10 @@ class Unsharding:
         """The divisors of gradients that were set; None where it is the number of ranks."""
         return {group.gradient_divide_factor for group in self._groups}
 
+    def has_reduce_hook(self) -> bool:
+        """Whether something else is done to gradients after they were reduced."""
+        return any(getattr(group, "_all_reduce_hook", None) is not None for group in self._groups)
+
     def reduces(self) -> bool:
         """Whether the next backward reduces gradients over ranks."""
         return all(group.reduce_grads for group in self._groups)
