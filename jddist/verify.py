@@ -60,8 +60,10 @@ def verify(
         part = replace(layout, shapes=shapes)
         found = global_pass.gramian(distribution, part, kept, output, table).values
         parameters = [table.entries[i].parameter for i in sorted(indices)]
+        leaves = distribution.leaves()
+        reached = [leaves.get(p, p) for p in parameters]
         with distribution.first_pass():
-            rows = _rows_one_by_one(layout.local.rows_of(output), parameters)
+            rows = _rows_one_by_one(layout.local.rows_of(output), reached)
         expected = _brute_force(engine, layout, rows)
         norm = float(expected.norm())
         difference = float((found - expected).norm())
@@ -70,7 +72,7 @@ def verify(
     return errors
 
 
-def _rows_one_by_one(objectives: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+def _rows_one_by_one(objectives: Tensor, parameters: list[Tensor]) -> Tensor:
     rows = [
         torch.cat(
             [

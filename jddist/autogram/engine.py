@@ -22,6 +22,7 @@ from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
 from jddist.distribution.counts import Count, checked_count
 from jddist.distribution.exchange import describe
+from jddist.distribution.fully_shard import FullyShard
 from jddist.distribution.once import Job
 from jddist.distribution.planning import Plan, Prefer, check_prefer
 from jddist.distribution.select import distribution_of, select, unwrap
@@ -38,6 +39,7 @@ from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
 from .refusals import check_modules, explained
+from .row_blocks import row_blocks
 from .rules import replays
 
 Weigher = Callable[[Tensor], Tensor]
@@ -123,13 +125,16 @@ class Engine:
         self._distribution = distribution_of(parameters, selected)
         # A wrapper that the engine was told not to see still does its own part of a backward.
         self._sees_wrappers = distribution is None or all(unwrap(m) is m for m in given)
+        self._check_reduced()
         self._check_modules()
         self._capture = Capture(
             [owner.module for owner in self._table.owners],
             [o.module for o in self._table.owners if replays(o.rule, batch_dim is not None)],
         )
         scratch = Scratch(memory_budget)
-        self._local_pass = LocalPass(self._table, batch_dim is not None, scratch)
+        self._local_pass = LocalPass(
+            self._table, batch_dim is not None, scratch, self._distribution.leaves
+        )
         self._accumulation: Accumulation | None = None
         self._prefer = prefer
         self._tile = scratch.tile_elements(torch.float32)
@@ -262,7 +267,9 @@ class Engine:
             joint = JointOutput.of(first, second, self._layout_of(first), self._layout_of(second))
             return self._local_pair(joint, counts)
 
-        layout, blocks, infos = self._agree("Engine.cross_gramian", local)
+        layout, blocks, infos = self._agree(
+            "Engine.cross_gramian", local, passes=not self._by_passes
+        )
         assert joint is not None
         parts = global_pass.gramian(
             self._distribution, layout, blocks, joint.output, self._table, self._prefer
@@ -415,6 +422,11 @@ class Engine:
                 "Found engine.accumulate() inside of engine.accumulate(); expected one. Give all "
                 "batches to the outer one."
             )
+        if isinstance(self._distribution, FullyShard):
+            raise UnsupportedModelError(
+                "Found engine.accumulate() with fully_shard, which reduces after every backward; "
+                "expected another wrapper. Take larger batches, or a step per micro-batch."
+            )
         accumulation = self._accumulation = Accumulation()
         try:
             yield accumulation
@@ -440,7 +452,7 @@ class Engine:
             joined = accumulation.joined(self._placement)
             return self._local_joined(joined)
 
-        layout, blocks, _ = self._agree("Engine.accumulate", local)
+        layout, blocks, _ = self._agree("Engine.accumulate", local, passes=False)
         assert joined is not None
         gramian = self._gramian(joined.output, layout, blocks, accumulation.scale)
         weights = self._scaled_weights(gramian, accumulation.weighting, accumulation.scale)
@@ -524,20 +536,32 @@ class Engine:
         def local() -> _Local:
             return self._local(output, count, weights, step, retain_graph)
 
-        layout, blocks, _ = self._agree(call, local)
+        passes = weights is None and not self._by_passes
+        layout, blocks, _ = self._agree(call, local, passes=passes)
+        if weights is None and self._by_passes:
+            assert isinstance(self._distribution, FullyShard)
+            factor = self._distribution.backward_factor(self._placement)
+            layout, blocks = row_blocks(self._distribution, layout, output, self._table, factor)
         return layout, blocks
 
+    @property
+    def _by_passes(self) -> bool:
+        """Whether rows come reduced, from one backward of all ranks for each objective."""
+        return isinstance(self._distribution, FullyShard) and not is_sharded(self._placement)
+
     def _agree(
-        self, call: str, find_local: Callable[[], _Local]
+        self, call: str, find_local: Callable[[], _Local], *, passes: bool
     ) -> tuple[GlobalLayout, Blocks, list[dict[str, Any]]]:
         """The layout that follows from what all ranks found, and what every rank told."""
         error: Exception | None = None
         local = _Local()
-        try:
-            self._check_modules()
-            local = find_local()
-        except Exception as failure:  # it is raised again on every rank, by the handshake
-            error = explained(failure)
+        # Outside of the attempt: every rank has to enter, whatever it runs into inside.
+        with self._distribution.first_pass() if passes else nullcontext():
+            try:
+                self._check_modules()
+                local = find_local()
+            except Exception as failure:  # it is raised again on every rank, by the handshake
+                error = explained(failure)
         infos = self._distribution.handshake(call, local.agree, local.info, error)
         assert local.layout is not None
         self._dtype = local.dtype
@@ -561,6 +585,11 @@ class Engine:
         local = self._described(layout, [output], [layout], counts is not None)
         if weights is not None:
             local.agree["shape of the weights"] = list(weights.shape)
+        elif self._by_passes:
+            assert isinstance(self._distribution, FullyShard)
+            self._distribution.check_takes_passes()
+            local.agree["parameters reached"] = self._local_pass.reached(output)
+            local.blocks = [None] * len(self._table.entries)
         else:
             trainable = self._table.trainable
             taken = step and self._sees_wrappers
@@ -568,10 +597,9 @@ class Engine:
             local.agree["whether gradients are handed over"] = taken
             taken = taken and no_hooks(trainable, self._scope)
             free = taken and not retain_graph and counts is None
-            with self._distribution.first_pass():
-                local.blocks = self._local_pass.blocks(
-                    output, layout, keep=taken and retain_graph, free=free
-                )
+            local.blocks = self._local_pass.blocks(
+                output, layout, keep=taken and retain_graph, free=free
+            )
             if taken and self._local_pass.accounted:
                 rows = self._local_pass.freed or (retain_graph and counts is None)
                 local.books = Books.ROWS if rows else Books.GRADIENTS
@@ -586,12 +614,16 @@ class Engine:
         for part, count in zip((joint.first, joint.second), counts or (), strict=False):
             known = (known or []) + (self._rows_of_count(count, part) or [])
         parts = (joint.first, joint.second)
+        if self._by_passes:
+            raise UnsupportedModelError(
+                "Found Engine.cross_gramian of tasks with fully_shard; expected another wrapper. "
+                "Take both batches' rows by jddist.autojac.jac, and multiply their local shards."
+            )
         local = self._described(layout, joint.outputs, parts, counts is not None)
-        with self._distribution.first_pass():
-            blocks = [
-                self._local_pass.blocks(output, part)
-                for output, part in zip(joint.outputs, parts, strict=True)
-            ]
+        blocks = [
+            self._local_pass.blocks(output, part)
+            for output, part in zip(joint.outputs, parts, strict=True)
+        ]
         local.blocks = stack_blocks(blocks, [part.num_rows for part in parts])
         local.info = global_pass.to_tell(local.blocks, layout, known, self._local_pass.samples)
         local.info |= {"books": [int(Books.NO), 0], "both": [part.size for part in parts]}
@@ -654,9 +686,20 @@ class Engine:
                 stacklevel=4,
             )
 
+    def _check_reduced(self) -> None:
+        """Raises UnsupportedModelError if the wrapper's backward would not reduce a gradient."""
+        own = self._distribution.is_own
+        bare = [e.name for e in self._table.trainable if not own(e.parameter)]
+        if bare and self._distribution.group.size > 1:
+            raise UnsupportedModelError(
+                f"Found trainable parameters that are not sharded: {', '.join(bare)}; expected all "
+                "of them to be, since no backward reduces the others' gradients over ranks. Call "
+                "fully_shard on the whole model too."
+            )
+
     def _check_modules(self) -> None:
         ranks = self._distribution.group.size
-        self._table.check_current()
+        self._table.check_current(self._distribution.stand_ins())
         new = [
             name
             for root in self._roots

@@ -44,6 +44,8 @@ class GlobalLayout:
         backward_scale: The same for the weights of this rank's objectives, which the wrapper
             averages over ranks.
         shapes: What each rank has for each parameter.
+        rows_finite: If the blocks are columns of the global rows already: whether this rank's part
+            of each row was finite before it was reduced.
     """
 
     local: OutputLayout
@@ -54,6 +56,7 @@ class GlobalLayout:
     row_scale: tuple[float, ...]
     backward_scale: tuple[float, ...]
     shapes: tuple[tuple[BlockShape, ...], ...]
+    rows_finite: tuple[bool, ...] | None = None
 
     @staticmethod
     def of(
@@ -194,6 +197,11 @@ def gramian(
         flags = torch.zeros(1, m, dtype=torch.float64, device=device)
         start = k * sum(layout.sizes[: group.rank])
         flags[0, start : start + len(finite)] = (~finite).double()
+    elif layout.rows_finite is not None:
+        values = local_gramian(blocks, m, device)
+        rows_finite = torch.tensor(layout.rows_finite, device=device)
+        flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
+        flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
     else:
         values, rows_finite = summed_rows_gramian(blocks, exchange, scale, group, dtype, device)
         flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)

@@ -17,13 +17,14 @@ on, with a warning: slow, but never silently wrong.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_map
 
 from .blocks import DenseBlock, JacobianBlock, Scratch, sum_blocks
@@ -50,6 +51,7 @@ class LocalPass:
         table: The engine's parameters and owners.
         batched: Whether the engine has a batch dimension.
         scratch: The memory in which the blocks work.
+        find_leaves: Which tensor stands for a parameter in the graph, where it is another one.
 
     Attributes:
         samples: The batch size that the modules saw in the last pass, as far as can be told.
@@ -61,12 +63,15 @@ class LocalPass:
     table: ParameterTable
     batched: bool
     scratch: Scratch = field(default_factory=Scratch)
+    find_leaves: Callable[[], Mapping[Parameter, Tensor]] = dict
     samples: int = 0
     accounted: bool = False
     freed: bool = False
     direct: frozenset[int] = frozenset()
     _direct: dict[Hashable, frozenset[int]] = field(default_factory=dict)
     _steps: dict[Hashable, int] = field(default_factory=dict)
+    _leaves: dict[int, Tensor] = field(default_factory=dict)
+    _index_of: dict[Tensor, int] = field(default_factory=dict)
 
     def blocks(
         self, output: Tensor, layout: OutputLayout, *, keep: bool = False, free: bool = False
@@ -84,8 +89,7 @@ class LocalPass:
             ModifiedInputError: An input of a recorded call was changed in place.
         """
         self.samples, self.freed, self.direct = 0, False, frozenset()
-        graph = explore(output)
-        self.accounted = graph.leaves <= self.table.index_of.keys()
+        graph = self._explore(output)
         if layout.num_rows == 0:
             return [None] * len(self.table.entries)
         free = free and self.accounted and layout.objectives == 1
@@ -98,13 +102,31 @@ class LocalPass:
                 call.record.release()
         return blocks
 
+    def reached(self, output: Tensor) -> list[str]:
+        """The names of the parameters that ``output`` depends on; no rows are computed."""
+        graph = self._explore(output)
+        known = [(self.table.owner_of.get(call.record.module), call) for call in graph.calls]
+        self.samples = _samples_seen([(owner, call) for owner, call in known if owner is not None])
+        self.freed = False
+        return sorted(
+            self._entry(i).name for leaf, i in self._index_of.items() if leaf in graph.leaves
+        )
+
+    def _explore(self, output: Tensor) -> ReachedGraph:
+        graph = explore(output)
+        found = self.find_leaves()
+        self._leaves = {e.index: found.get(e.parameter, e.parameter) for e in self.table.entries}
+        self._index_of = {leaf: index for index, leaf in self._leaves.items()}
+        self.accounted = graph.leaves <= self._index_of.keys()
+        return graph
+
     def _checked_blocks(
         self, output: Tensor, layout: OutputLayout, graph: ReachedGraph, free: bool
     ) -> Blocks:
         reached = {
-            self.table.index_of[leaf]
+            self._index_of[leaf]
             for leaf in graph.leaves
-            if leaf in self.table.index_of and leaf.requires_grad
+            if leaf in self._index_of and leaf.requires_grad
         }
         calls, elsewhere = self._usable_calls(graph.calls, layout)
         self.samples = _samples_seen(calls)
@@ -118,7 +140,8 @@ class LocalPass:
         if due:
             entries = [self._entry(i) for i in sorted(reached - direct)]
             eps = _coarsest_rounding(calls)
-            wrong = wrong_entries(output, layout, entries, blocks, eps)
+            leaves = [self._leaves[e.index] for e in entries]
+            wrong = wrong_entries(output, layout, entries, leaves, blocks, eps)
             if wrong is None:
                 self._steps[signature] -= 1
                 return blocks  # NaN proves nothing: check again next time
@@ -199,7 +222,7 @@ class LocalPass:
         for _, call in calls:
             edges.extend(call.edges.values())
         # Without a batch dimension every row is one pass anyway: take the parameters along.
-        along = [] if self.batched else [self._entry(i).parameter for i in sorted(direct)]
+        along = [] if self.batched else [self._leaves[i] for i in sorted(direct)]
         self.freed = self.freed and bool(edges) and not direct
         grads = iter(
             sample_gradients(output, layout, [*edges, *along], retain_graph=not self.freed)
@@ -283,7 +306,7 @@ class LocalPass:
                 "is freed already; expected the fallback to serve as it did before. Call "
                 "engine.backward(..., retain_graph=True), or compute_gramian and a backward."
             )
-        rows = row_gradients(output, layout, [e.parameter for e in entries])
+        rows = row_gradients(output, layout, [self._leaves[e.index] for e in entries])
         for entry, value in zip(entries, rows, strict=True):
             blocks[entry.index] = (
                 None if value is None else DenseBlock(value.reshape(layout.num_rows, -1))

@@ -7,10 +7,10 @@ their children without calling them; those parameters are accounted for by the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -53,15 +53,22 @@ class ParameterTable:
     owner_of: dict[nn.Module, Owner] = field(default_factory=dict)
     index_of_owner: dict[Owner, int] = field(default_factory=dict)
 
-    def check_current(self) -> None:
-        """Raises ValueError if a module holds other parameters than when the table was built."""
+    def check_current(self, stand_ins: Mapping[Tensor, Parameter]) -> None:
+        """Raises ValueError if a module holds other parameters than when the table was built.
+
+        Args:
+            stand_ins: What modules may hold in place of a parameter, with that parameter.
+        """
         for owner in self.owners:
             direct = sum(p is not None for p in owner.module._parameters.values())
             same = direct == sum("." not in path for path in owner.paths)
             for path, parameter in owner.paths.items():
                 parent, _, name = path.rpartition(".")
                 holder = owner.module.get_submodule(parent)
-                same = same and holder._parameters.get(name) is parameter
+                held = holder._parameters.get(name)
+                same = same and (
+                    held is parameter or (held is not None and stand_ins.get(held) is parameter)
+                )
             if not same:
                 raise ValueError(
                     f"Found other parameters in module '{owner.name}' than when the engine was "

@@ -23,6 +23,7 @@ def wrong_entries(
     output: Tensor,
     layout: OutputLayout,
     entries: Sequence[Entry],
+    leaves: Sequence[Tensor],
     blocks: Sequence[JacobianBlock | None],
     eps: float,
 ) -> frozenset[int] | None:
@@ -32,6 +33,7 @@ def wrong_entries(
         output: The objectives, with their graph, which is kept.
         layout: The layout of ``output``.
         entries: The parameters to check.
+        leaves: The tensors that stand for them in the graph.
         blocks: The blocks of all parameters.
         eps: A machine epsilon coarser than that of the parameters, if something ran with it.
 
@@ -43,7 +45,7 @@ def wrong_entries(
     generator = torch.Generator().manual_seed(layout.num_rows)
     draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
     draw = draw.to(device=output.device, dtype=output.dtype)
-    expected = weighted_gradients(output, layout.shaped(draw), [e.parameter for e in entries])
+    expected = weighted_gradients(output, layout.shaped(draw), leaves)
     with torch.no_grad():
         total = math.hypot(*(float(g.double().norm()) for g in expected if g is not None))
         if not math.isfinite(total):

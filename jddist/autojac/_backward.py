@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from jddist.aggregation import Aggregator
 from jddist.distribution.base import Distribution
+from jddist.distribution.fully_shard import FullyShard
 
 from ._accumulate import add_jacs, check_expects_gradients, free_jacs, jac_of
 from ._arguments import as_cotangents, as_tensors
 from ._context import default_inputs, involved_distribution, stated_objectives
 from ._differentiate import check_chunk_size, vjp_rows
 from ._jac_to_grad import aggregate_groups
+from ._on_shards import check_parameters, rows_of_elements
 
 
 def backward(
@@ -30,7 +33,8 @@ def backward(
     """Adds the Jacobian of all elements of ``tensors`` to the ``.jac`` of the inputs.
 
     Over several ranks ``.jac`` holds this rank's rows (or its estimate of the rows), without any
-    communication; ``jac_to_grad`` communicates.
+    communication; ``jac_to_grad`` communicates. Of parameters in ``fully_shard`` it holds this
+    rank's columns of all rows: every row is a backward pass of its own, of all ranks together.
 
     Args:
         tensors: What to differentiate; every element is one row.
@@ -53,6 +57,12 @@ def backward(
     given = [tensors] if isinstance(tensors, Tensor) else tensors
     distribution = involved_distribution(given, distribution)
     placement = stated_objectives(distribution)
+    if isinstance(distribution, FullyShard):
+        _backward_on_shards(
+            tensors, aggregator, jac_tensors, inputs, retain_graph, parallel_chunk_size,
+            distribution,
+        )  # fmt: skip
+        return
     error: Exception | None = None
     found: list[Tensor] = []
     before: list[Tensor | None] = []
@@ -93,3 +103,52 @@ def backward(
                 if jac is not None:
                     add_jacs([tensor], [jac])
             raise
+
+
+def _backward_on_shards(
+    tensors: Sequence[Tensor] | Tensor,
+    aggregator: Aggregator | None,
+    jac_tensors: Sequence[Tensor] | Tensor | None,
+    inputs: Iterable[Tensor] | None,
+    retain_graph: bool,
+    chunk_size: int | None,
+    distribution: FullyShard,
+) -> None:
+    placement = stated_objectives(distribution)
+    error: Exception | None = None
+    outputs: list[Tensor] = []
+    parameters: list[Parameter] = []
+    cotangents: list[Tensor] | None = None
+    try:
+        outputs = as_tensors(tensors, "tensors")
+        check_chunk_size(chunk_size)
+        given = default_inputs(outputs, distribution) if inputs is None else inputs
+        parameters = check_parameters(given, distribution)
+        check_expects_gradients(parameters, ".jac")
+        cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
+    except Exception as failure:  # raised again on every rank, by the handshake
+        error = failure
+    rows = rows_of_elements(
+        "backward",
+        outputs,
+        parameters,
+        cotangents,
+        placement,
+        distribution,
+        retain_graph=retain_graph,
+        error=error,
+    )
+    before = {p: jac_of(p) for p in rows} if aggregator is not None else {}
+    before = {p: None if jac is None else jac.clone() for p, jac in before.items()}
+    add_jacs(list(rows), list(rows.values()))
+    if aggregator is None:
+        return
+    try:
+        aggregate_groups([list(rows)], [aggregator], distribution=distribution)
+    except Exception:
+        # Rows of a step that failed must not be added to those of the next.
+        free_jacs(rows)
+        for parameter, jac in before.items():
+            if jac is not None:
+                add_jacs([parameter], [jac])
+        raise

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Partial, Placement, Shard
 from torch.nn.parameter import Parameter
 
 from jddist.distribution.base import Distribution
-from jddist.distribution.select import distribution_of
+from jddist.distribution.select import distribution_of, originals
 
 from ._graph import leaves_of
 
@@ -30,6 +30,8 @@ def default_inputs(
 ) -> list[Tensor]:
     """The leaves to differentiate towards: on several ranks the attached parameters alone."""
     leaves = leaves_of(tensors, excluded=excluded)
+    if distribution.shards_columns:
+        return [leaf for leaf in originals(leaves) if leaf in distribution.names]
     if distribution.group.size == 1:
         return leaves
     return [leaf for leaf in leaves if leaf in distribution.names]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import Parameter
 from torch.overrides import is_tensor_like
 
 from jddist.distribution.base import Distribution
+from jddist.distribution.fully_shard import FullyShard
+from jddist.distribution.select import originals
 
 from ._arguments import as_cotangents, as_tensors, check_requires_grad
 from ._context import involved_distribution, stated_objectives
 from ._differentiate import check_chunk_size, vjp_rows
+from ._on_shards import check_parameters, rows_of_elements
 
 
 def jac(
@@ -25,7 +30,8 @@ def jac(
 ) -> tuple[Tensor, ...]:
     """The Jacobians of all elements of ``outputs`` towards each of ``inputs``.
 
-    Over several ranks they are this rank's rows; nothing is communicated.
+    Over several ranks they are this rank's rows; nothing is communicated. Of parameters in
+    ``fully_shard`` they are this rank's columns of all rows, in a DTensor.
 
     Args:
         outputs: What to differentiate; every element is one row.
@@ -46,6 +52,12 @@ def jac(
             told where the objectives live.
         UnattachedParameterError: Several ranks run and an input belongs to no attached model.
     """
+    given = [outputs] if isinstance(outputs, Tensor) else outputs
+    on_shards = involved_distribution(given, distribution)
+    if isinstance(on_shards, FullyShard):
+        return _jac_on_shards(
+            outputs, inputs, jac_outputs, retain_graph, parallel_chunk_size, on_shards
+        )
     check_chunk_size(parallel_chunk_size)
     differentiated = as_tensors(outputs, "outputs")
     listed: list[Tensor] = [inputs] if is_tensor_like(inputs) else list(inputs)  # type: ignore[list-item]
@@ -64,3 +76,40 @@ def jac(
         )
     by_input = dict(zip(unique, rows, strict=True))
     return tuple(by_input[tensor] for tensor in listed)
+
+
+def _jac_on_shards(
+    outputs: Sequence[Tensor] | Tensor,
+    inputs: Sequence[Tensor] | Tensor,
+    jac_outputs: Sequence[Tensor] | Tensor | None,
+    retain_graph: bool,
+    chunk_size: int | None,
+    distribution: FullyShard,
+) -> tuple[Tensor, ...]:
+    placement = stated_objectives(distribution)
+    error: Exception | None = None
+    differentiated: list[Tensor] = []
+    parameters: list[Parameter] = []
+    listed: list[Tensor] = []
+    cotangents: list[Tensor] | None = None
+    try:
+        check_chunk_size(chunk_size)
+        differentiated = as_tensors(outputs, "outputs")
+        listed = [inputs] if is_tensor_like(inputs) else list(inputs)  # type: ignore[list-item]
+        parameters = check_parameters(listed, distribution)
+        check_requires_grad(parameters, "inputs")
+        cotangents = as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
+    except Exception as failure:  # raised again on every rank, by the handshake
+        error = failure
+    rows = rows_of_elements(
+        "jac",
+        differentiated,
+        parameters,
+        cotangents,
+        placement,
+        distribution,
+        retain_graph=retain_graph,
+        error=error,
+    )
+    wanted: list[Any] = originals(listed)
+    return tuple(rows[parameter] for parameter in wanted)

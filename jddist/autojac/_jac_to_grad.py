@@ -43,8 +43,9 @@ def jac_to_grad(
 
     Over several ranks the result is that of one process with all rows, identical on all ranks: the
     rows become column shards, one all-reduce sums the m x m Gramian, rank 0 weighs it, and one
-    all-gather brings the gradient together. Tensors without ``.jac`` on this rank count as zero
-    rows if another rank has some.
+    all-gather brings the gradient together. The rows of sharded parameters are column shards
+    already, and their gradients stay where they are, in the parameters' placements. Tensors without
+    ``.jac`` on this rank count as zero rows if another rank has some.
 
     Args:
         tensors: Tensors whose ``.jac`` [m, *shape] have the same number of rows.
@@ -147,7 +148,7 @@ def aggregate_groups(
         error: What this rank already ran into, for the others to hear.
     """
     distribution = distribution_of([t for group in groups for t in group], distribution)
-    if distribution.group.size > 1:
+    if distribution.group.size > 1 or distribution.shards_columns:
         return aggregate_over_ranks(
             groups, aggregators, retain_jac, by_gramian, distribution, error
         )

@@ -12,12 +12,14 @@ from torch.distributed.tensor import Placement
 from jddist.distribution.base import Distribution, is_average
 from jddist.distribution.counts import Count, checked_count, shares_of_samples
 from jddist.distribution.exchange import scale_rows
-from jddist.errors import NonFiniteObjectiveError
+from jddist.distribution.fully_shard import FullyShard
 
 from ._accumulate import add_grads, add_jacs, check_expects_gradients
-from ._arguments import as_tensors, check_shapes
+from ._arguments import as_tensors
 from ._context import default_inputs, involved_distribution, task_placement
 from ._differentiate import check_chunk_size, vjp_rows
+from ._mtl_on_shards import mtl_on_shards
+from ._tasks import check_disjoint, check_tasks_finite, starting_gradients
 
 
 @dataclass(eq=False)
@@ -58,7 +60,8 @@ def mtl_backward(
     Over several ranks the tasks' losses are estimates of the same m global losses: means over
     ranks, or with ``count`` means over all samples (sums if the model was attached with
     ``Partial("sum")``). The task parameters' gradients are reduced at once, the shared rows by
-    ``jac_to_grad``.
+    ``jac_to_grad``. If parameters are in ``fully_shard``, the shared rows are reduced at once too:
+    every task is a backward pass of all ranks together, and ``.jac`` a DTensor.
 
     Args:
         tensors: The tasks' losses: scalars, unless ``grad_tensors`` are given.
@@ -84,6 +87,19 @@ def mtl_backward(
         RankError: Another rank failed.
     """
     group = involved_distribution(tensors, distribution)
+    if isinstance(group, FullyShard):
+        mtl_on_shards(
+            tensors,
+            features,
+            grad_tensors,
+            tasks_params,
+            shared_params,
+            retain_graph,
+            parallel_chunk_size,
+            count,
+            group,
+        )
+        return
     placement = task_placement(group)
     error: Exception | None = None
     found: TaskGradients | None = None
@@ -115,7 +131,7 @@ def mtl_backward(
     assert found is not None
     m = len(found.finite)
     shares = shares_of_samples([i["count"] for i in infos], m)
-    _check_finite([i["finite"] for i in infos], shares)
+    check_tasks_finite([i["finite"] for i in infos], shares)
     share = torch.tensor(shares[group.group.rank], dtype=torch.float64)
     gradients = _sum_over_tasks(found, shares[group.group.rank])
     if group.group.size > 1:
@@ -153,12 +169,8 @@ def _differentiate(
             f"Found {len(tasks_params)} `tasks_params` for {len(losses)} `tensors`; expected as "
             "many."
         )
-    if set(shared) & {p for params in tasks_params for p in params}:
-        raise ValueError(
-            "Found a tensor both in `shared_params` and in `tasks_params`; expected each in one of "
-            "them. Are `features` the last tensors that all tasks share?"
-        )
-    starts = _starting_gradients(losses, grad_tensors)
+    check_disjoint(shared, tasks_params)
+    starts = starting_gradients(losses, grad_tensors)
     check_expects_gradients([p for params in tasks_params for p in params], ".grad")
     check_expects_gradients(shared, ".jac")
     tasks, at_features, finite = [], [], []
@@ -187,39 +199,12 @@ def _all_finite(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     return finite
 
 
-def _starting_gradients(losses: list[Tensor], given: Sequence[Tensor] | None) -> list[Tensor]:
-    if given is None:
-        if any(loss.ndim > 0 for loss in losses):
-            raise ValueError(
-                f"Found `tensors` of shapes {[list(loss.shape) for loss in losses]} without "
-                "`grad_tensors`; expected scalars. Pass scalar losses, or `grad_tensors`."
-            )
-        return [torch.ones_like(loss) for loss in losses]
-    check_shapes(given, losses, "grad_tensors", "tensors", leading=0)
-    return list(given)
-
-
 def _own_parameters(found: TaskGradients, distribution: Distribution) -> list[int]:
     """The indices, among the attached parameters, of those that tasks have for themselves."""
     if distribution.group.size == 1:
         return []
     position = {id(p): i for i, p in enumerate(distribution.names)}
     return sorted({position[id(p)] for task in found.tasks for p, _ in task})
-
-
-def _check_finite(finite: Sequence[Sequence[bool]], shares: Sequence[Sequence[float]]) -> None:
-    bad = [
-        f"task {task} (rank {rank})"
-        for rank, flags in enumerate(finite)
-        for task, ok in enumerate(flags)
-        if not ok and shares[rank][task]
-    ]
-    if bad:
-        raise NonFiniteObjectiveError(
-            f"Found NaN or infinity in the loss or the gradient of {', '.join(bad[:8])}; expected "
-            "finite ones. No .grad or .jac was written. Lower the learning rate, or look at that "
-            "rank's data; a task without samples takes count=0."
-        )
 
 
 def _sum_over_tasks(found: TaskGradients, shares: Sequence[float]) -> dict[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from jddist.aggregation._columns import settings_of
 from jddist.aggregation._losses import stated_losses
 from jddist.distribution.base import POSSIBLE_PLACEMENTS, Distribution, is_sharded
 from jddist.distribution.columns import check_acts_on_columns
+from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut, check_needs_no_order
+from jddist.distribution.select import originals
 from jddist.errors import LayoutMismatchError
 
 from ._accumulate import add_grads, free_jacs, jac_of
@@ -49,6 +51,8 @@ def aggregate_over_ranks(
     Returns:
         For each group the weights, or None.
     """
+    if distribution.shards_columns:
+        groups = [originals(group) for group in groups]
     agree: dict[str, object] = {}
     info: dict[str, list[object]] = {"rows": [], "present": [], "placement": []}
     try:
@@ -61,6 +65,9 @@ def aggregate_over_ranks(
             if by_gramian:
                 check_can_skip_concatenation(aggregator)
             jacs = [jac_of(t) for t in group]
+            if distribution.shards_columns:
+                check_is_cut(group, jacs)
+                check_needs_no_order(aggregator)
             check_same_rows([j for j in jacs if j is not None], "tensors.jac")
             placement = _placement_of(group, distribution)
             info["present"].append([j is not None for j in jacs])
@@ -84,13 +91,22 @@ def aggregate_over_ranks(
         check_all_have_jac(group, i, present, distribution)
         placement = _agreed_placement([x["placement"][i] for x in infos])
         counts = _row_counts([x["rows"][i] for x in infos], placement)
-        rows = _local_rows(group, counts[distribution.group.rank])
-        row_groups.append(RowGroup(rows, counts, placement, aggregator))
+        count = counts[distribution.group.rank]
+        cut = None
+        if distribution.shards_columns:
+            cut = ColumnCut(group, distribution.group)
+            rows = cut.columns([jac_of(t) for t in group], count, _common_dtype(group))
+        else:
+            rows = _local_rows(group, count)
+        row_groups.append(RowGroup(rows, counts, placement, aggregator, cut))
         if not retain_jac:
             free_jacs(group)
     results = aggregate(row_groups, distribution, call_aggregator)
-    for group, (vector, _) in zip(groups, results, strict=True):
-        add_grads(group, shaped(vector.split([t.numel() for t in group]), group))
+    for group, row_group, (vector, _) in zip(groups, row_groups, results, strict=True):
+        if row_group.cut is not None:
+            add_grads(group, row_group.cut.gradients(vector))
+        else:
+            add_grads(group, shaped(vector.split([t.numel() for t in group]), group))
     return [weights for _, weights in results]
 
 
@@ -101,9 +117,7 @@ def _shared_settings(aggregator: Aggregator) -> list[object]:
 
 def _local_rows(group: list[Tensor], count: int) -> Tensor:
     """This rank's rows [m_r, n]; zeros for tensors without any."""
-    dtype = group[0].dtype
-    for tensor in group[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = _common_dtype(group)
     pieces = []
     for tensor in group:
         jac = jac_of(tensor)
@@ -114,8 +128,17 @@ def _local_rows(group: list[Tensor], count: int) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
+def _common_dtype(group: list[Tensor]) -> torch.dtype:
+    dtype = group[0].dtype
+    for tensor in group[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def _placement_of(group: list[Tensor], distribution: Distribution) -> Placement | None:
     """Where the rows of a group live; None if this rank has none."""
+    if distribution.shards_columns:
+        return COLUMNS
     found: dict[str, Placement] = {}
     for tensor in group:
         if jac_of(tensor) is None:
@@ -141,7 +164,7 @@ def _agreed_placement(described: list[str | None]) -> Placement:
         raise LayoutMismatchError(
             f"Found rows placed as {stated} on the ranks; expected the same placement everywhere."
         )
-    return next(p for p in POSSIBLE_PLACEMENTS if repr(p) == stated[0])
+    return next(p for p in (*POSSIBLE_PLACEMENTS, COLUMNS) if repr(p) == stated[0])
 
 
 def _row_counts(rows: list[int | None], placement: Placement) -> list[int]:

@@ -20,6 +20,7 @@ from jddist.aggregation._columns import acting_on
 from jddist.distribution.base import Distribution, is_average, is_sharded
 from jddist.distribution.collectives import Group, column_bounds
 from jddist.distribution.columns import RankColumns
+from jddist.distribution.cut import ColumnCut
 from jddist.distribution.once import Job
 from jddist.errors import NonFiniteObjectiveError
 from jddist.linalg.gramian import compute_gramian
@@ -34,12 +35,19 @@ class RowGroup:
         row_counts: m_r of each rank.
         placement: Where the rows live.
         aggregator: What aggregates them.
+        cut: If the rows are this rank's columns of all rows already: which ones.
     """
 
     rows: Tensor
     row_counts: Sequence[int]
     placement: Placement
     aggregator: Aggregator
+    cut: ColumnCut | None = None
+
+    @property
+    def total(self) -> int:
+        """n: the number of columns over all ranks."""
+        return self.rows.shape[1] if self.cut is None else self.cut.total
 
     @property
     def num_rows(self) -> int:
@@ -87,7 +95,7 @@ class _Shard(RankColumns):
     def __init__(
         self, group: RowGroup, ranks: Group, gramian: Tensor | None, weights: Tensor | None
     ) -> None:
-        super().__init__(ranks, group.rows.shape[1])
+        super().__init__(ranks, group.total)
         self._gramian = gramian
         self._weights = weights
 
@@ -105,6 +113,8 @@ class _Shard(RankColumns):
 
 def _column_shard(group: RowGroup, distribution: Distribution) -> Tensor:
     ranks = distribution.group
+    if group.cut is not None:
+        return group.rows
     if is_sharded(group.placement):
         return ranks.rows_to_columns(group.rows, group.row_counts)
     columns = ranks.reduce_columns(group.rows)
@@ -171,8 +181,10 @@ def _weigh(
 def _gather(
     groups: Sequence[RowGroup], shards: Sequence[Tensor], distribution: Distribution
 ) -> list[Tensor]:
-    """The whole vectors of all groups, in one all-gather."""
+    """The whole vectors of all groups, in one all-gather; but parts where tensors are cut."""
     ranks = distribution.group
+    if any(group.cut is not None for group in groups):
+        return list(shards)
     widths = [
         [stop - start for start, stop in column_bounds(group.rows.shape[1], ranks.size)]
         for group in groups

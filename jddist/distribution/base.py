@@ -41,7 +41,10 @@ class Distribution:
         divisor: The number by which the wrapper divides the sum of the ranks' gradients: the
             number of ranks over which it averages. Set it to 1 if you registered a communication
             hook that sums.
+        shards_columns: Whether every rank holds a part of each parameter, and of each row.
     """
+
+    shards_columns = False
 
     def __init__(self, group: Group, objectives: Placement | None) -> None:
         self.group = group
@@ -54,8 +57,23 @@ class Distribution:
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
-        """Guards differentiation that must not look like the wrapper's own backward."""
+        """Guards differentiation that must not look like the wrapper's own backward.
+
+        It may communicate, so every rank has to enter it, whatever it runs into inside.
+        """
         yield
+
+    def leaves(self) -> dict[Parameter, Tensor]:
+        """Which tensor stands for a parameter in the autograd graph, if it is another one."""
+        return {}
+
+    def stand_ins(self) -> dict[Tensor, Parameter]:
+        """What modules may hold in place of a parameter, with that parameter."""
+        return {}
+
+    def is_own(self, parameter: Tensor) -> bool:
+        """Whether the wrapper reduces the gradient of ``parameter`` over ranks."""
+        return True
 
     def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
         """Reduces gradients that wait for a backward which is not going to take place."""
@@ -146,7 +164,7 @@ def check_placement(placement: Placement) -> Placement:
 
 def is_sharded(placement: Placement) -> bool:
     """Whether every rank has objectives of its own."""
-    return isinstance(placement, Shard)
+    return placement == Shard(0)
 
 
 def is_average(placement: Placement) -> bool:

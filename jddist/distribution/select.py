@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement
 from torch.nn.parallel import DataParallel as ThreadedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +15,7 @@ from jddist.errors import UnattachedParameterError, UnsupportedModelError
 
 from .base import Distribution, all_attached, attached_distribution
 from .data_parallel import DataParallel
+from .fully_shard import FullyShard
 from .local import Local
 
 
@@ -38,12 +40,21 @@ def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distri
     """
     modules = list(modules)
     wrappers: dict[DistributedDataParallel, None] = {}
+    shards = False
     for root in modules:
         _refuse_unsupported(root)
         for module in root.modules():
             _refuse_unsupported(module)
             if isinstance(module, DistributedDataParallel):
                 wrappers[module] = None
+            shards = shards or isinstance(module, FSDPModule)
+    if shards:
+        if wrappers:
+            raise UnsupportedModelError(
+                "Found modules in DistributedDataParallel and modules in fully_shard; expected one "
+                "kind of wrapper. Use fully_shard for the whole model."
+            )
+        return _sharded(modules, objectives)
     _refuse_sharded(p for root in modules for p in root.parameters())
     if not wrappers:
         return None
@@ -65,6 +76,14 @@ def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distri
     return distribution
 
 
+def originals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters themselves, where a wrapper put others in their place."""
+    stand_ins: dict[Tensor, Tensor] = {}
+    for distribution in dict.fromkeys(all_attached()):
+        stand_ins.update(distribution.stand_ins())
+    return [stand_ins.get(tensor, tensor) for tensor in tensors]
+
+
 def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) -> Distribution:
     """The distribution that all the parameters belong to.
 
@@ -78,7 +97,7 @@ def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) ->
     """
     if given is not None:
         return given
-    parameters = list(parameters)
+    parameters = originals(parameters)
     if not parameters and num_ranks() > 1:
         # A call with wrong arguments: the others have to hear of it all the same.
         only = {id(d): d for d in all_attached()}
@@ -119,21 +138,37 @@ def _attached_already(
     return distribution
 
 
+def _sharded(modules: list[nn.Module], objectives: Placement | None) -> FullyShard:
+    """The distribution of an earlier ``attach`` of the same models, or a new one."""
+    for distribution in all_attached():
+        if not isinstance(distribution, FullyShard):
+            continue
+        known = {m for root in distribution.roots for m in root.modules()}
+        stated = objectives in (None, distribution.objectives)
+        if stated and all(root in known for root in modules):
+            return distribution
+    return FullyShard(modules, objectives)
+
+
 def _refuse_unsupported(module: nn.Module) -> None:
     kinds = {cls.__name__ for cls in type(module).__mro__}
     if isinstance(module, ThreadedDataParallel):
         found, fix = "torch.nn.DataParallel", "Use DistributedDataParallel with one process a GPU."
     elif "FullyShardedDataParallel" in kinds:
-        found, fix = "FSDP1", "Use DistributedDataParallel."
-    elif "FSDPModule" in kinds:
-        found, fix = "fully_shard (FSDP2)", "Use DistributedDataParallel."
+        found = "FSDP1"
+        fix = (
+            "Call torch.distributed.fsdp.fully_shard on each layer and on the model instead of "
+            "FullyShardedDataParallel."
+        )
+    elif "ReplicateModule" in kinds:
+        found, fix = "replicate", "Use DistributedDataParallel."
     elif "DeepSpeedEngine" in kinds:
         found, fix = "a DeepSpeed engine", "Use DistributedDataParallel."
     else:
         return
     raise UnsupportedModelError(
-        f"Found a model wrapped in {found}; expected a plain model or DistributedDataParallel, "
-        f"which are the wrappers supported so far. {fix}"
+        f"Found a model wrapped in {found}; expected a plain model, DistributedDataParallel "
+        f"or fully_shard, which are the wrappers supported so far. {fix}"
     )
 
 
@@ -141,6 +176,7 @@ def _refuse_sharded(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if isinstance(parameter, DTensor):
             raise UnsupportedModelError(
-                "Found a parameter that is a DTensor; expected plain parameters: sharded "
-                "parameters are not supported yet. Use DistributedDataParallel."
+                "Found a parameter that is a DTensor outside of fully_shard; expected plain "
+                "parameters: tensor parallelism is not supported yet. Use fully_shard or "
+                "DistributedDataParallel."
             )

@@ -1,0 +1,164 @@
+"""``fully_shard`` (FSDP2) on a mesh of one dimension: parameters and the batch are both sharded."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.nn.parameter import Parameter
+
+from jddist.autogram.capture import paused
+from jddist.errors import UnsupportedModelError
+
+from .base import Distribution
+from .collectives import Group
+from .cut import new_rows, rows_like
+from .row_passes import RowPass, reduced_rows
+from .unsharding import Unsharding
+
+
+class FullyShard(Distribution):
+    """Parameters that ``fully_shard`` cuts into shards, one on each rank.
+
+    Args:
+        roots: The models, of which some modules or all are sharded.
+        objectives: The placement of autojac's rows, or None.
+
+    Raises:
+        UnsupportedModelError: The shards are spread in a way that is not supported.
+    """
+
+    shards_columns = True
+
+    def __init__(self, roots: Sequence[nn.Module], objectives: Placement | None) -> None:
+        self._roots = [weakref.ref(root) for root in roots]
+        self._unsharding = Unsharding(roots)
+        self._unsharding.reshard()  # after a forward, modules may hold whole parameters
+        super().__init__(Group(_only_mesh(roots).get_group()), objectives)
+        for root in roots:
+            self.register(root)
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The models that are still alive."""
+        alive = [ref() for ref in self._roots]
+        return [root for root in alive if root is not None]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the next backward reduces gradients over ranks."""
+        return self._unsharding.reduces()
+
+    def is_own(self, parameter: Tensor) -> bool:
+        return isinstance(parameter, DTensor)
+
+    def leaves(self) -> dict[Parameter, Tensor]:
+        return self._unsharding.leaves()
+
+    def stand_ins(self) -> dict[Tensor, Parameter]:
+        return self._unsharding.stand_ins()
+
+    def check_takes_passes(self) -> None:
+        """Raises ValueError unless rows can be told from gradients that wait for reduction."""
+        if not self._unsharding.reduces() or self._unsharding.has_accumulated():
+            raise ValueError(
+                "Found a fully_shard that does not reduce gradients, or has yet to reduce those of "
+                "earlier backwards; expected one that does, since rows of the Jacobian are reduced "
+                "as they come. Call set_requires_gradient_sync(True): rows accumulate in .jac."
+            )
+
+    def rows(
+        self,
+        passes: Sequence[RowPass],
+        *,
+        retain_graph: bool,
+        summed: Collection[Parameter] = (),
+    ) -> tuple[dict[Parameter, Tensor], list[bool]]:
+        """Rows by one backward pass each; every rank has to call. See ``reduced_rows``."""
+        divisor = self._divide_factor()
+        with paused():
+            return reduced_rows(
+                passes,
+                self.leaves(),
+                self.group,
+                divisor,
+                retain_graph=retain_graph,
+                summed=summed,
+            )
+
+    def no_rows(self, parameter: Parameter) -> Tensor:
+        """The Jacobian of nothing."""
+        return rows_like(parameter, new_rows(parameter, 0))
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Every rank has to enter: all parameters are gathered, once, before anything else."""
+        # A rank that is in another call would otherwise take part in the wrong collective.
+        self.handshake("a pass over sharded parameters", {}, {})
+        with self._unsharding.whole():
+            yield
+
+    def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
+        """What waits since backwards without gradient sync is reduced as by the next backward."""
+        if self.reduces and self._unsharding.has_accumulated():
+            self._unsharding.reduce_accumulated()
+
+    def backward_factor(self, placement: Placement) -> float:
+        """With ``set_gradient_divide_factor`` the wrapper's divisor is not the number of ranks."""
+        return super().backward_factor(placement) / self.divisor * self._divide_factor()
+
+    def _divide_factor(self) -> float:
+        factors = self._unsharding.divide_factors()
+        if len(factors) > 1:
+            raise ValueError(
+                f"Found modules with different gradient divide factors ({factors}); expected one. "
+                "FSDPModule.set_gradient_divide_factor is not recursive: call it on every module "
+                "that fully_shard was called on."
+            )
+        if self._unsharding.has_reduce_hook():
+            raise ValueError(
+                "Found an all-reduce hook on a module in fully_shard; expected none, since it may "
+                "spread the objectives over more ranks than the mesh has. Remove it."
+            )
+        factor = factors.pop()
+        if factor is not None and self.group.size == 1:
+            raise ValueError(
+                f"Found a gradient divide factor ({factor}) on one rank; expected none there, "
+                "since torch divides by it once or twice depending on the dtype. Leave out "
+                "FSDPModule.set_gradient_divide_factor."
+            )
+        return self.divisor if factor is None else factor
+
+
+def _only_mesh(roots: Sequence[nn.Module]) -> DeviceMesh:
+    """The mesh of all sharded parameters.
+
+    Raises:
+        UnsupportedModelError: There are several, or it has more than one dimension, or a parameter
+            is not cut into plain shards.
+    """
+    meshes: dict[DeviceMesh, None] = {}
+    for root in roots:
+        for name, parameter in root.named_parameters():
+            if not isinstance(parameter, DTensor):
+                continue
+            mesh, placements = parameter.device_mesh, parameter.placements
+            # A strided shard is a type of its own.
+            if mesh.ndim != 1 or type(placements[0]) is not Shard:
+                raise UnsupportedModelError(
+                    f"Found the parameter '{name}' placed as {placements} on a mesh of "
+                    f"{mesh.ndim} dimensions ({mesh.mesh_dim_names}); expected Shard on a mesh of "
+                    "one dimension: hybrid sharding (HSDP) and tensor parallelism are not "
+                    "supported yet. Use fully_shard with a mesh of one dimension."
+                )
+            meshes[mesh] = None
+    if len(meshes) != 1:
+        raise UnsupportedModelError(
+            f"Found parameters sharded over {len(meshes)} meshes; expected one mesh for the whole "
+            "model. Pass the same mesh to every fully_shard."
+        )
+    return next(iter(meshes))
