@@ -40,7 +40,7 @@ from tqdm import tqdm
 from jddist.aggregation import UPGradWeighting
 from jddist.autogram import Engine
 from jddist.distribution import Local
-from jddist.linalg import QuadprogProjector
+from jddist.linalg import AutomaticProjector
 
 METHODS = ("mean", "upgrad", "local-upgrad")
 LEARNING_RATES = (0.2, 0.4, 0.8, 1.6)
@@ -91,6 +91,16 @@ def start_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def leave_ranks() -> None:
+    """Ends the group that `start_ranks` began, if any."""
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    # A gloo thread that lets go of the last collective's tensors only while Python shuts down
+    # aborts the process (github.com/pytorch/pytorch/pull/179291): give it the time to do so before.
+    time.sleep(0.2)
+
+
 def load_data(device: torch.device) -> Data:
     digits = load_digits()
     order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
@@ -110,7 +120,7 @@ def make_network(seed: int, ranks: Ranks) -> nn.Module:
 def make_step(method: str, network: nn.Module, ranks: Ranks) -> Callable[[Tensor, int], None]:
     """How a method turns this rank's losses, of a batch of some size, into ``.grad``."""
     # norm_eps=0: by default UPGrad turns into the mean when gradients become small.
-    weighting = UPGradWeighting(projector=QuadprogProjector(norm_eps=0.0))
+    weighting = UPGradWeighting(projector=AutomaticProjector(norm_eps=0.0))
     if method == "upgrad":
         engine = Engine(network, batch_dim=0)
 
@@ -241,8 +251,7 @@ def main() -> None:
     try:
         run(args, load_data(ranks.device), ranks)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_ranks()
 
 
 if __name__ == "__main__":

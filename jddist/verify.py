@@ -13,7 +13,7 @@ from jddist.autogram import global_pass
 from jddist.autogram.engine import Engine
 from jddist.distribution.counts import Count
 from jddist.distribution.exchange import scale_rows
-from jddist.distribution.plan import BlockShape
+from jddist.distribution.schemes import BlockShape
 
 
 def verify(

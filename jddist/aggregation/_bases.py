@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from jddist.linalg.gramian import compute_gramian
 from jddist.linalg.matrix import Matrix, PSDMatrix, is_matrix
 
-from ._columns import current_columns, weigh
-from ._weightings import Weighting
+from ._columns import current_columns, runner_of, weigh
+from ._weightings import Weighting, check_takes_gramians
 
 _Get = TypeVar("_Get")
 _Set = TypeVar("_Set")
@@ -31,6 +31,14 @@ class Aggregator(nn.Module, ABC):
     columnwise: ClassVar[bool] = False
     differentiable: bool = True
 
+    @property
+    def acts_on_columns(self) -> bool:
+        """Whether `forward` may be handed some columns of J only.
+
+        What then depends on the other columns goes through `current_columns()`.
+        """
+        return self.columnwise
+
     @abstractmethod
     def forward(self, matrix: Matrix, /) -> Tensor:
         """Computes the vector [n]."""
@@ -39,15 +47,20 @@ class Aggregator(nn.Module, ABC):
         """Aggregates the Jacobian and runs all hooks.
 
         Args:
-            matrix: Jacobian of shape [m, n], or some of its columns.
+            matrix: Jacobian of shape [m, n], or some of its columns; or a DTensor on a mesh of one
+                dimension.
 
         Returns:
-            Vector of shape [n].
+            Vector of shape [n]; a DTensor for a DTensor, with the columns where they were.
 
         Raises:
-            ValueError: The matrix does not have two dimensions.
+            ValueError: The matrix does not have two dimensions, or it is spread over ranks in a way
+                that this aggregator cannot act on.
         """
         self._check_is_matrix(matrix)
+        run = runner_of(matrix)
+        if run is not None:
+            return run(self, matrix)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             return super().__call__(matrix)
 
@@ -83,8 +96,24 @@ class WeightedAggregator(Aggregator):
         super().__init__()
         self.weighting = weighting
 
+    @property
+    def acts_on_columns(self) -> bool:
+        """Whether the weighting does."""
+        return self.columnwise or self.weighting.acts_on_columns
+
     def forward(self, matrix: Matrix, /) -> Tensor:
-        return self.weighting(matrix) @ matrix
+        return combine(self.weighting(matrix), matrix)
+
+
+def combine(weights: Tensor, matrix: Tensor) -> Tensor:
+    """The combination [n] of the rows with weights [m], which may be of a wider dtype.
+
+    Weights too large for the dtype of the rows become its largest, as they do in any dtype.
+    """
+    if weights.dtype != matrix.dtype:
+        bound = torch.finfo(matrix.dtype).max
+        weights = weights.clamp(-bound, bound).to(matrix.dtype)
+    return weights @ matrix
 
 
 class GramianWeightedAggregator(WeightedAggregator):
@@ -92,6 +121,9 @@ class GramianWeightedAggregator(WeightedAggregator):
 
     Args:
         gramian_weighting: Maps the Gramian [m, m] to weights [m].
+
+    Raises:
+        ValueError: The weighting needs the Jacobian itself.
     """
 
     def __init__(self, gramian_weighting: Weighting[PSDMatrix]) -> None:
@@ -103,7 +135,10 @@ class GramianWeightedAggregator(WeightedAggregator):
 class WeightingOfGramian(Weighting[Matrix]):
     """Weighs a Jacobian, or its shard at hand, through the Gramian of all its columns."""
 
+    acts_on_columns = True
+
     def __init__(self, weighting: Weighting[PSDMatrix]) -> None:
+        check_takes_gramians(weighting)
         super().__init__()
         self.weighting = weighting
 
@@ -113,12 +148,18 @@ class WeightingOfGramian(Weighting[Matrix]):
 
 
 class Forwarded(Generic[_Get, _Set]):
-    """A hyperparameter of an aggregator that lives on its Gramian weighting.
+    """A hyperparameter of a method that lives on its weighting.
 
     `beta = Forwarded[float, float]()` in the body of an aggregator reads and writes
     `aggregator.gramian_weighting.beta`, where it is validated, and shows up in the `repr`. The type
     parameters are what is read and what may be written.
+
+    Args:
+        through: The attribute on which the hyperparameter lives.
     """
+
+    def __init__(self, through: str = "gramian_weighting") -> None:
+        self._through = through
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -127,10 +168,10 @@ class Forwarded(Generic[_Get, _Set]):
     def __get__(self, instance: None, owner: type) -> Self: ...
 
     @overload
-    def __get__(self, instance: GramianWeightedAggregator, owner: type) -> _Get: ...
+    def __get__(self, instance: nn.Module, owner: type) -> _Get: ...
 
-    def __get__(self, instance: GramianWeightedAggregator | None, owner: type) -> Any:
-        return self if instance is None else getattr(instance.gramian_weighting, self._name)
+    def __get__(self, instance: nn.Module | None, owner: type) -> Any:
+        return self if instance is None else getattr(getattr(instance, self._through), self._name)
 
-    def __set__(self, instance: GramianWeightedAggregator, value: _Set) -> None:
-        setattr(instance.gramian_weighting, self._name, value)
+    def __set__(self, instance: nn.Module, value: _Set) -> None:
+        setattr(getattr(instance, self._through), self._name, value)

@@ -2,7 +2,8 @@
 
 An aggregator is handed all rows but perhaps only some columns of J. It never asks where the others
 are: what needs them goes through the current `Columns`, which are the whole ones unless a caller
-says otherwise with `acting_on`.
+says otherwise with `acting_on`. A tensor that knows its shards itself, such as a DTensor, is handed
+to the function that `register_sharded` was given for its type.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import ClassVar, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Columns(ABC):
     """The columns of J at hand, and how to learn what the other shards' columns contribute."""
+
+    @abstractmethod
+    def span(self, width: int) -> tuple[int, int]:
+        """Where these columns are: the index of the first one, and n, the number of all columns.
+
+        Args:
+            width: The number of columns at hand.
+        """
 
     @abstractmethod
     def sum(self, partial: Tensor) -> Tensor:
@@ -35,15 +45,42 @@ class Columns(ABC):
             statistic: A tensor that is the same on all shards.
         """
 
+    @abstractmethod
+    def pack(self, columns: Tensor) -> Tensor:
+        """Makes a tensor [m, n] of the columns [m, n_r] of all shards, without sending anything."""
+
+    @abstractmethod
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The columns at hand, [m, n_r], of what `pack` made here or in another process.
+
+        Raises:
+            ValueError: They are not here.
+        """
+
 
 class WholeColumns(Columns):
     """All columns are here: nothing to add, nothing to share."""
+
+    def span(self, width: int) -> tuple[int, int]:
+        return 0, width
 
     def sum(self, partial: Tensor) -> Tensor:
         return partial
 
     def weigh(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
         return weighting(statistic)
+
+    def pack(self, columns: Tensor) -> Tensor:
+        return columns
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        if type(packed) is not Tensor:
+            raise ValueError(
+                f"Found a state that is spread over ranks (a {type(packed).__name__}) where all "
+                "columns are in one process; expected a plain tensor. Load the checkpoint with "
+                "torch.distributed.checkpoint, after jddist.autojac.allocate_state."
+            )
+        return packed
 
 
 _current: ContextVar[Columns] = ContextVar("jddist_columns", default=WholeColumns())  # noqa: B039
@@ -71,5 +108,49 @@ def weigh(weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
     weighting run on one shard alone must not wait for the others.
     """
     columns = current_columns()
+    if type(columns) is WholeColumns:
+        return weighting(statistic)
     with acting_on(WholeColumns()):
         return columns.weigh(weighting, statistic)
+
+
+# Calls an aggregator on a Jacobian that knows its shards.
+Runner: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+_runners: dict[type[Tensor], Runner] = {}
+
+
+def register_sharded(kind: type[Tensor], run: Runner) -> None:
+    """Makes aggregators accept Jacobians of a type that knows its shards.
+
+    Args:
+        kind: The type.
+        run: Called with an aggregator and such a Jacobian [m, n]; calls the aggregator on this
+            shard's columns within `acting_on`, and makes a vector [n] of that type of the result.
+    """
+    _runners[kind] = run
+
+
+def runner_of(matrix: Tensor) -> Runner | None:
+    """What was registered for the type of `matrix`, or None."""
+    return next((run for kind, run in _runners.items() if isinstance(matrix, kind)), None)
+
+
+class UsesSettings(nn.Module):
+    """Mixin of modules that every shard runs by itself, so that their settings must be the same.
+
+    Attributes:
+        settings: The names of the attributes: numbers, tensors or None.
+    """
+
+    settings: ClassVar[tuple[str, ...]]
+
+
+def settings_of(module: nn.Module) -> list[object]:
+    """The settings of the module and its submodules that every shard uses, as JSON values."""
+    found: list[object] = []
+    for part in module.modules():
+        if isinstance(part, UsesSettings):
+            values = [getattr(part, name) for name in part.settings]
+            found += [v.detach().tolist() if isinstance(v, Tensor) else v for v in values]
+    return found

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from jddist.linalg._format import vector_suffix
 from jddist.linalg.matrix import Matrix
 
 from ._bases import WeightedAggregator
+from ._columns import UsesSettings
 from ._weightings import RowCountWeighting
 
 
-class ConstantWeighting(RowCountWeighting):
+class ConstantWeighting(RowCountWeighting, UsesSettings):
     """Gives the same weights at every call.
 
     Args:
@@ -20,6 +23,8 @@ class ConstantWeighting(RowCountWeighting):
     Raises:
         ValueError: The weights are not a vector, or at call time the number of rows is not m.
     """
+
+    settings: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(self, weights: Tensor) -> None:
         if weights.ndim != 1:

@@ -15,7 +15,7 @@ class DualProjWeighting(ProjectedWeighting):
 
     Args:
         pref_vector: Preference vector of shape [m]; None means 1/m each.
-        projector: Solves the projection; None means `QuadprogProjector()`.
+        projector: Solves the projection; None means `AutomaticProjector()`.
     """
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
@@ -30,7 +30,7 @@ class DualProj(ProjectedAggregator):
 
     Args:
         pref_vector: Preference vector of shape [m] that combines the rows; None means 1/m each.
-        projector: Solves the projection; None means `QuadprogProjector()`.
+        projector: Solves the projection; None means `AutomaticProjector()`.
 
     Raises:
         ValueError: The preference vector is not a vector, or at call time its length is not m.

@@ -19,6 +19,25 @@ def to_host(gramian: Tensor) -> Array:
     return gramian.detach().to(device="cpu", dtype=dtype, copy=True).numpy()
 
 
+def to_host_in_double(gramian: Tensor) -> Array:
+    """The same numbers in float64, on the CPU. They may be the Gramian's own: not to be written."""
+    return gramian.detach().to("cpu", torch.float64).numpy()
+
+
 def from_host(weights: Array, gramian: Tensor) -> Tensor:
     """The weights [m] in the Gramian's dtype and on its device."""
     return torch.from_numpy(weights).to(gramian)
+
+
+def from_double(weights: Array, gramian: Tensor) -> Tensor:
+    """The same for weights in float64: those too large for the Gramian's dtype become its largest.
+
+    So the weights of a finite Gramian are finite.
+    """
+    bound = torch.finfo(gramian.dtype).max
+    return torch.from_numpy(np.minimum(np.maximum(weights, -bound), bound)).to(gramian)
+
+
+def relative_rounding(gramian: Tensor) -> float:
+    """Rounding error of the eigenvalues of a Gramian [m, m], relative to the greatest of them."""
+    return gramian.shape[0] * torch.finfo(gramian.dtype).eps

@@ -30,15 +30,19 @@ class PCGradWeighting(GramianWeighting):
         coefficients = np.eye(m, dtype=matrix.dtype)  # Row i is the projected row i in terms of J.
         products = matrix.copy()  # coefficients @ matrix, kept up to date.
         rows = np.arange(m)
+        # The square of a row that is 0, or too short for its dtype: nothing to project on.
+        squares = matrix.diagonal()
+        usable = squares >= np.finfo(matrix.dtype).tiny
         # The rows do not depend on each other: step k serves all of them at once.
         for k in range(m):
             others = orders[:, k]
-            chosen = np.flatnonzero((products[rows, others] < 0.0) & (others != rows))
+            conflicts = (products[rows, others] < 0.0) & (others != rows) & usable[others]
+            chosen = np.flatnonzero(conflicts)
             if chosen.size == 0:
                 continue
             others = others[chosen]
             with np.errstate(all="ignore"):
-                steps = -products[chosen, others] / matrix[others, others]
+                steps = -products[chosen, others] / squares[others]
                 coefficients[chosen, others] += steps
                 products[chosen] += steps[:, None] * matrix[others]
         return from_host(coefficients.sum(axis=0), gramian)

@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from jddist.linalg._format import vector_suffix
-from jddist.linalg.dual_cone import DualConeProjector, QuadprogProjector
+from jddist.linalg.batched_projector import AutomaticProjector
+from jddist.linalg.dual_cone import DualConeProjector
 
 from ._bases import Forwarded, GramianWeightedAggregator
 from ._preference import HasPreference
@@ -19,7 +20,7 @@ class ProjectedWeighting(HasPreference, GramianWeighting):
 
     Args:
         pref_vector: Preference vector of shape [m]; None means 1/m each.
-        projector: Solves the projections; None means `QuadprogProjector()`.
+        projector: Solves the projections; None means `AutomaticProjector()`.
     """
 
     differentiable: ClassVar[bool] = False  # The solver leaves autograd.
@@ -38,7 +39,7 @@ class ProjectedWeighting(HasPreference, GramianWeighting):
 
     @projector.setter
     def projector(self, value: DualConeProjector | None) -> None:
-        self._projector = QuadprogProjector() if value is None else value
+        self._projector = AutomaticProjector() if value is None else value
 
 
 class ProjectedAggregator(GramianWeightedAggregator):

@@ -19,11 +19,11 @@ class RandomWeighting(RowCountWeighting):
     """
 
     def forward(self, matrix: Matrix, /) -> Tensor:
-        return weigh(_draw, matrix.new_zeros(matrix.shape[0]))
+        return weigh(_draw, matrix)  # the draw looks at the number of rows alone
 
 
 def _draw(like: Tensor) -> Tensor:
-    return torch.randn(like.shape[0], device=like.device, dtype=like.dtype).softmax(dim=-1)
+    return torch.randn(len(like), device=like.device, dtype=like.dtype).softmax(dim=0)
 
 
 class Random(WeightedAggregator):

@@ -24,9 +24,16 @@ class Weighting(nn.Module, ABC, Generic[_Stat_contra]):
 
     Attributes:
         differentiable: Whether autograd may follow the computation; if not, it runs without.
+        needs_jacobian: Whether the statistic is the Jacobian itself.
     """
 
     differentiable: ClassVar[bool] = True
+    needs_jacobian: ClassVar[bool] = False
+
+    @property
+    def acts_on_columns(self) -> bool:
+        """Whether it may be handed some columns of J only, and finds the others' part itself."""
+        return False
 
     @abstractmethod
     def forward(self, stat: _Stat_contra, /) -> Tensor:
@@ -41,7 +48,9 @@ class Weighting(nn.Module, ABC, Generic[_Stat_contra]):
         Returns:
             Weights of shape [m].
         """
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+        if self.differentiable or not torch.is_grad_enabled():
+            return super().__call__(stat)
+        with torch.no_grad():
             return super().__call__(stat)
 
     def __lshift__(self, function: Callable[[_Input], _Stat_contra]) -> Weighting[_Input]:
@@ -90,6 +99,22 @@ class RowCountWeighting(Weighting[Matrix]):
 
     It may therefore be handed J, some columns of it, or its Gramian alike.
     """
+
+    acts_on_columns = True
+
+
+def check_takes_gramians(weighting: object) -> None:
+    """Raises ValueError if the weighting, or one that it wraps, needs the Jacobian itself."""
+    if not isinstance(weighting, nn.Module):
+        return
+    for module in weighting.modules():
+        if isinstance(module, Weighting) and module.needs_jacobian:
+            name = type(module).__name__
+            raise ValueError(
+                f"Found {name} where there is only a Gramian; expected a weighting of Gramians, "
+                f"since {name} looks at the Jacobian itself. Use the Jacobian: "
+                f"WeightedAggregator({name}(...)) with jac_to_grad."
+            )
 
 
 class GeneralizedWeighting(nn.Module, ABC):

@@ -62,11 +62,24 @@ class _Tap:
         self.needs_rng = needs_rng
         self._rng: list[RngSnapshot | None] = []
         self._passed: weakref.WeakSet[CallRecord] = weakref.WeakSet()
+        # Compiled code is left for a hook: what it records must be tensors of the real graph.
+        self._before_eagerly = torch.compiler.disable(self._before)
+        self._after_eagerly = torch.compiler.disable(self._after)
         # Before other hooks: sharding wrappers cast or free tensors in theirs.
         self.handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._after, prepend=True, with_kwargs=True),
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._post_hook, prepend=True, with_kwargs=True),
+            module.register_forward_pre_hook(self._pre_hook, with_kwargs=True),
         ]
+
+    def _pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        compiling = torch.compiler.is_compiling()
+        (self._before_eagerly if compiling else self._before)(module, args, kwargs)
+
+    def _post_hook(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        compiling = torch.compiler.is_compiling()
+        (self._after_eagerly if compiling else self._after)(module, args, kwargs, output)
 
     def _passing_hook(self, record: CallRecord) -> Callable[[Tensor], None]:
         """Notes that a backward went by: autograd frees its own tensors then, unless it was told
@@ -82,6 +95,9 @@ class _Tap:
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled module keeps the hooks, which then do nothing."""
         return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._before_eagerly, self._after_eagerly = self._before, self._after
 
     def _is_idle(self, module: nn.Module) -> bool:
         return bool(_paused) or not torch.is_grad_enabled() or _taps.get(module) is not self

@@ -8,8 +8,9 @@ Gramian; a weighting runs on rank 0; the weighted losses go back through the use
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Placement, Shard
 
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
+from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
 from jddist.distribution.counts import Count, checked_count
 from jddist.distribution.once import Job
@@ -24,17 +26,31 @@ from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
 from . import global_pass
+from .accumulation import Accumulation, Joined, MicroBatch, stack_blocks
 from .blocks import DEFAULT_BUDGET, Scratch
 from .book_keeping import Books, agreed, combined, differentiated, no_hooks
 from .capture import Capture, paused
 from .global_pass import GlobalLayout
+from .joint import JointOutput
 from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
-from .refusals import check_modules
+from .refusals import check_modules, explained
 from .rules import replays
 
 Weigher = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class _Local:
+    """What this rank brings to a call: its rows, and what to tell the others."""
+
+    layout: OutputLayout | None = None
+    dtype: torch.dtype = torch.float32
+    blocks: Blocks = field(default_factory=list)
+    agree: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    books: Books = Books.NO
 
 
 class Engine:
@@ -106,6 +122,7 @@ class Engine:
             [o.module for o in self._table.owners if replays(o.rule, batch_dim is not None)],
         )
         self._local_pass = LocalPass(self._table, batch_dim is not None, Scratch(memory_budget))
+        self._accumulation: Accumulation | None = None
         self._layout: GlobalLayout | None = None
         self._dtype = torch.float32
         self._books = Books.NO
@@ -145,17 +162,75 @@ class Engine:
         layout, blocks = self.prepare("Engine.compute_gramian", output, count)
         return self._gramian(output, layout, blocks)
 
-    def _gramian(self, output: Tensor, layout: GlobalLayout, blocks: Blocks) -> Tensor:
+    def _gramian(
+        self,
+        output: Tensor,
+        layout: GlobalLayout,
+        blocks: Blocks,
+        scale: float | Tensor | None = None,
+    ) -> Tensor:
         parts = global_pass.gramian(self._distribution, layout, blocks, output, self._table)
         self._layout, self._skip = layout, False
-        if not parts.finite:
+        if not parts.finite and scale is None:
             error = global_pass.nonfinite_error(layout, parts)
             if self._nonfinite == "raise":
                 raise error
-            warnings.warn(f"{error} The weights of this step are zero.", stacklevel=2)
+            warnings.warn(f"{error} The weights of this step are zero.", stacklevel=3)
             self._skip = True
-        values = parts.values.to(torch.promote_types(output.dtype, torch.float32))
-        return layout.whole.generalized(values)
+        values = parts.values if scale is None else parts.values / float(scale) ** 2
+        if scale is not None and not parts.finite:
+            values = torch.full_like(values, torch.nan)
+        return layout.whole.generalized(values.to(torch.promote_types(output.dtype, torch.float32)))
+
+    def _scaled_weights(
+        self, gramian: Tensor, weighting: Weigher, scale: float | Tensor | None
+    ) -> Tensor:
+        """``compute_weights``, or NaN where a GradScaler's objectives overflow."""
+        if scale is not None and bool(gramian.isnan().any()):
+            return gramian.new_full(gramian.shape[: gramian.ndim // 2], torch.nan)
+        return self.compute_weights(gramian, weighting)
+
+    def cross_gramian(
+        self,
+        first: Tensor,
+        second: Tensor,
+        /,
+        *,
+        counts: tuple[Count, Count] | None = None,
+    ) -> Tensor:
+        """The matrix J1 J2ᵀ of two batches' objectives, as MoDo and SDMGrad need it.
+
+        Both batches have to go through the model before this call. The weights that it leads to
+        belong to a step of its own: ``engine.backward(losses, weights)``.
+
+        Args:
+            first: This rank's objectives of the first batch, with their graph (which is kept).
+            second: The same for the second batch. There may be another number of samples.
+            counts: For each of the two, what ``compute_gramian`` calls ``count``.
+
+        Returns:
+            The global matrix [m1, m2], the same on every rank; for outputs [m1, k1] and [m2, k2]
+            the tensor [m1, k1, k2, m2], and so on.
+
+        Raises:
+            The errors of ``compute_gramian``; NonFiniteObjectiveError also if ``nonfinite="skip"``.
+        """
+        joint: JointOutput | None = None
+
+        def local() -> _Local:
+            nonlocal joint
+            joint = JointOutput.of(first, second, self._layout_of(first), self._layout_of(second))
+            return self._local_pair(joint, counts)
+
+        layout, blocks, infos = self._agree("Engine.cross_gramian", local)
+        assert joint is not None
+        parts = global_pass.gramian(self._distribution, layout, blocks, joint.output, self._table)
+        self._layout = None
+        if not parts.finite:
+            raise global_pass.nonfinite_error(layout, parts)
+        values = parts.values.to(torch.promote_types(joint.output.dtype, torch.float32))
+        sizes = [info["both"] for info in infos] if layout.sharded else None
+        return joint.cross(values, sizes)
 
     def compute_weights(self, gramian: Tensor, weighting: Weigher) -> Tensor:
         """Weights of all objectives: one run of ``weighting`` on rank 0, the same on every rank.
@@ -168,9 +243,11 @@ class Engine:
             Weights of the shape of the (global) objectives.
 
         Raises:
-            ValueError: The Gramian is not a matrix and the weighting is not generalized.
+            ValueError: The Gramian is not a matrix and the weighting is not generalized, or the
+                weighting needs the Jacobian itself.
             RankError: The weighting raised on rank 0 of several ranks.
         """
+        check_takes_gramians(weighting)
         plain = isinstance(weighting, Weighting) and not isinstance(weighting, GeneralizedWeighting)
         if plain and gramian.ndim != 2:
             raise ValueError(
@@ -213,6 +290,7 @@ class Engine:
         /,
         *,
         count: Count | None = None,
+        scale: float | Tensor | None = None,
         retain_graph: bool = False,
     ) -> Tensor:
         """A whole step: Gramian, weights, weighted gradient.
@@ -227,15 +305,23 @@ class Engine:
             weighting_or_weights: A weighting (any callable on the Gramian), or the weights of all
                 objectives, of the shape of the global output.
             count: See ``compute_gramian``.
+            scale: By what the output was multiplied, if it comes from a GradScaler:
+                ``engine.backward(scaler.scale(losses), weighting, scale=scaler.get_scale())``. The
+                weighting then sees the Gramian of the unscaled objectives. What overflows is no
+                error: all gradients, and the weights, become NaN, so that the scaler skips the
+                step on every rank and lowers its scale.
             retain_graph: Whether to keep the graph.
 
         Returns:
-            The weights of all objectives.
+            The weights of all objectives. Within ``accumulate`` an empty tensor: they are known at
+            its end.
 
         Raises:
             The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched,
             and the graph may be freed.
         """
+        if self._accumulation is not None:
+            return self._accumulate_batch(output, weighting_or_weights, count, scale)
         blocks: Blocks = []
         try:
             if isinstance(weighting_or_weights, Tensor):
@@ -246,14 +332,101 @@ class Engine:
                 layout, blocks = self.prepare(
                     "Engine.backward", output, count, step=True, retain_graph=retain_graph
                 )
-                gramian = self._gramian(output, layout, blocks)
-                weights = self.compute_weights(gramian, weighting_or_weights)
+                gramian = self._gramian(output, layout, blocks, scale)
+                weights = self._scaled_weights(gramian, weighting_or_weights, scale)
             self._write_gradients(output, blocks, weights, retain_graph)
         finally:
             for block in blocks:
                 if block is not None:
                     block.release()
         return weights
+
+    @contextmanager
+    def accumulate(self) -> Iterator[Accumulation]:
+        """Within this context, the batches given to ``backward`` join one Gramian.
+
+        They count as if they were further ranks: with ``Shard(0)`` their objectives are
+        concatenated, with ``Partial`` their estimates are added or averaged (over all samples if
+        ``count`` is given, else over all batches of all ranks). At the end of the context the
+        weighting runs once, and the weighted gradients go back through the batches' graphs, which
+        are freed. Gradients are those of the whole batch, not a sum or mean over micro-batches::
+
+            with engine.accumulate() as accumulation:
+                for x, y in micro_batches:
+                    engine.backward(criterion(model(x), y), weighting)
+            accumulation.weights  # of all objectives
+
+        Until then all batches' graphs stay in memory, and what the closed forms keep of them: of a
+        layer its inputs and the gradients of its outputs; with ``Partial`` also m times the
+        parameters. On several ranks, rows of ``Shard(0)`` are exchanged in full. Every rank has to
+        enter with at least one batch, which may be empty.
+
+        Yields:
+            What holds the weights, once the context has ended.
+
+        Raises:
+            The errors of ``compute_gramian`` and ``compute_weights``, at the end of the context.
+            What is raised within the context passes through, and reaches the other ranks there.
+        """
+        if self._accumulation is not None:
+            raise RuntimeError(
+                "Found engine.accumulate() inside of engine.accumulate(); expected one. Give all "
+                "batches to the outer one."
+            )
+        accumulation = self._accumulation = Accumulation()
+        try:
+            yield accumulation
+        except Exception as error:
+            self._accumulation = None
+            try:
+                self._join(accumulation, error)
+            except Exception:
+                pass  # for the other ranks; here the first error counts
+            raise
+        finally:
+            self._accumulation = None
+        self._join(accumulation, None)
+
+    def _join(self, accumulation: Accumulation, error: Exception | None) -> None:
+        """The step of all accumulated batches; what failed before fails on every rank."""
+        joined: Joined | None = None
+
+        def local() -> _Local:
+            nonlocal joined
+            if error is not None:
+                raise error
+            joined = accumulation.joined(self._placement)
+            return self._local_joined(joined)
+
+        layout, blocks, _ = self._agree("Engine.accumulate", local)
+        assert joined is not None
+        gramian = self._gramian(joined.output, layout, blocks, accumulation.scale)
+        weights = self._scaled_weights(gramian, accumulation.weighting, accumulation.scale)
+        accumulation.weights = weights
+        if self._skip:
+            entries = self._table.trainable
+            self._distribution.reduce_accumulated([e.parameter for e in entries])
+            return
+        local_weights = joined.weights_of_batches(self.local_weights(weights))
+        torch.autograd.backward(joined.outputs, local_weights)
+        self._capture.release_passed()
+
+    def _accumulate_batch(
+        self,
+        output: Tensor,
+        weighting: Weigher | Tensor,
+        count: Count | None,
+        scale: float | Tensor | None,
+    ) -> Tensor:
+        assert self._accumulation is not None
+        layout = self._layout_of(output)
+        self._check_modules()
+        with self._distribution.first_pass():
+            blocks = self._local_pass.blocks(output, layout)
+        counts = self._rows_of_count(count, layout)
+        batch = MicroBatch(output, layout, blocks, counts, self._local_pass.samples)
+        self._accumulation.add(batch, weighting, None if scale is None else float(scale))
+        return output.new_empty(0)
 
     def _write_gradients(
         self, output: Tensor, blocks: Blocks, weights: Tensor, retain_graph: bool
@@ -305,59 +478,126 @@ class Engine:
             step: Whether the weighted gradient is to come from the blocks, if that is possible.
             retain_graph: Whether to keep the graph even so.
         """
+
+        def local() -> _Local:
+            return self._local(output, count, weights, step, retain_graph)
+
+        layout, blocks, _ = self._agree(call, local)
+        return layout, blocks
+
+    def _agree(
+        self, call: str, find_local: Callable[[], _Local]
+    ) -> tuple[GlobalLayout, Blocks, list[dict[str, Any]]]:
+        """The layout that follows from what all ranks found, and what every rank told."""
         error: Exception | None = None
-        books = Books.NO
-        blocks: Blocks = []
-        agree: dict[str, Any] = {}
-        info: dict[str, Any] = {}
+        local = _Local()
         try:
-            layout = OutputLayout.of(output, self._batch_dim)
-            sharded = is_sharded(self._placement)
-            if sharded and output.ndim == 0 and self._distribution.group.size > 1:
-                raise ValueError(
-                    "Found a scalar output with objectives=Shard(0); expected a dimension along "
-                    "which the ranks' objectives are concatenated."
-                )
-            if not output.requires_grad:
-                raise ValueError(
-                    "Found an output that does not require a gradient; expected objectives with a "
-                    "graph. A rank without samples passes losses[:0] of any dummy sample."
-                )
             self._check_modules()
-            counts = checked_count(count, layout.num_rows, self._placement)
-            if counts is not None:
-                counts = layout.rows_of(torch.tensor(counts).view(layout.shape)).tolist()
-            agree = global_pass.must_agree(
-                self._table, output, layout, self._placement, counts is not None
-            )
-            if weights is not None:
-                agree["shape of the weights"] = list(weights.shape)
-            else:
-                trainable = self._table.trainable
-                parameters = {entry.parameter for entry in trainable}
-                taken = step and self._sees_wrappers
-                taken = taken and self._distribution.takes_gradients(parameters)
-                agree["whether gradients are handed over"] = taken
-                taken = taken and no_hooks(trainable, self._scope)
-                free = taken and not retain_graph and counts is None
-                with self._distribution.first_pass():
-                    blocks = self._local_pass.blocks(
-                        output, layout, keep=taken and retain_graph, free=free
-                    )
-                if taken and self._local_pass.accounted:
-                    rows = self._local_pass.freed or (retain_graph and counts is None)
-                    books = Books.ROWS if rows else Books.GRADIENTS
-            samples = self._local_pass.samples
-            info = global_pass.to_tell(blocks, layout, counts, samples)
-            info["books"] = [int(books), int(self._local_pass.freed)]
+            local = find_local()
         except Exception as failure:  # it is raised again on every rank, by the handshake
-            error = failure
-        infos = self._distribution.handshake(call, agree, info, error)
-        self._dtype = output.dtype
+            error = explained(failure)
+        infos = self._distribution.handshake(call, local.agree, local.info, error)
+        assert local.layout is not None
+        self._dtype = local.dtype
         self._warn_if_uneven(infos)
-        self._books = agreed([info["books"] for info in infos], books)
+        self._books = agreed([info["books"] for info in infos], local.books)
         rank = self._distribution.group.rank
-        return GlobalLayout.of(layout, infos, rank, self._placement), blocks
+        layout = GlobalLayout.of(local.layout, infos, rank, self._placement)
+        return layout, local.blocks, infos
+
+    def _local(
+        self,
+        output: Tensor,
+        count: Count | None,
+        weights: Tensor | None,
+        step: bool,
+        retain_graph: bool,
+    ) -> _Local:
+        """What this rank finds for its part of one output."""
+        layout = self._layout_of(output)
+        counts = self._rows_of_count(count, layout)
+        local = self._described(layout, [output], [layout], counts is not None)
+        if weights is not None:
+            local.agree["shape of the weights"] = list(weights.shape)
+        else:
+            trainable = self._table.trainable
+            taken = step and self._sees_wrappers
+            taken = taken and self._distribution.takes_gradients({e.parameter for e in trainable})
+            local.agree["whether gradients are handed over"] = taken
+            taken = taken and no_hooks(trainable, self._scope)
+            free = taken and not retain_graph and counts is None
+            with self._distribution.first_pass():
+                local.blocks = self._local_pass.blocks(
+                    output, layout, keep=taken and retain_graph, free=free
+                )
+            if taken and self._local_pass.accounted:
+                rows = self._local_pass.freed or (retain_graph and counts is None)
+                local.books = Books.ROWS if rows else Books.GRADIENTS
+        local.info = global_pass.to_tell(local.blocks, layout, counts, self._local_pass.samples)
+        local.info["books"] = [int(local.books), int(self._local_pass.freed)]
+        return local
+
+    def _local_pair(self, joint: JointOutput, counts: tuple[Count, Count] | None) -> _Local:
+        """What this rank finds for two outputs, as one vector of objectives."""
+        layout = OutputLayout.of(joint.output, None)
+        known: list[float] | None = None if counts is None else []
+        for part, count in zip((joint.first, joint.second), counts or (), strict=False):
+            known = (known or []) + (self._rows_of_count(count, part) or [])
+        parts = (joint.first, joint.second)
+        local = self._described(layout, joint.outputs, parts, counts is not None)
+        with self._distribution.first_pass():
+            blocks = [
+                self._local_pass.blocks(output, part)
+                for output, part in zip(joint.outputs, parts, strict=True)
+            ]
+        local.blocks = stack_blocks(blocks, [part.num_rows for part in parts])
+        local.info = global_pass.to_tell(local.blocks, layout, known, self._local_pass.samples)
+        local.info |= {"books": [int(Books.NO), 0], "both": [part.size for part in parts]}
+        return local
+
+    def _local_joined(self, joined: Joined) -> _Local:
+        """What this rank found for several batches."""
+        layout = joined.layout
+        local = self._described(layout, [joined.output], [layout], joined.count is not None)
+        local.blocks = joined.blocks
+        local.info = global_pass.to_tell(joined.blocks, layout, joined.count, joined.samples)
+        local.info["books"] = [int(Books.NO), 0]
+        return local
+
+    def _described(
+        self,
+        layout: OutputLayout,
+        outputs: Sequence[Tensor],
+        layouts: Sequence[OutputLayout],
+        has_count: bool,
+    ) -> _Local:
+        agree = global_pass.must_agree(self._table, outputs, layouts, self._placement, has_count)
+        return _Local(layout, outputs[0].dtype, agree=agree)
+
+    def _layout_of(self, output: Tensor) -> OutputLayout:
+        """The layout of an output that can be differentiated, else ValueError."""
+        layout = OutputLayout.of(output, self._batch_dim)
+        self._check_output(output)
+        return layout
+
+    def _check_output(self, output: Tensor) -> None:
+        sharded = is_sharded(self._placement)
+        if sharded and output.ndim == 0 and self._distribution.group.size > 1:
+            raise ValueError(
+                "Found a scalar output with objectives=Shard(0); expected a dimension along "
+                "which the ranks' objectives are concatenated."
+            )
+        if not output.requires_grad:
+            raise ValueError(
+                "Found an output that does not require a gradient; expected objectives with a "
+                "graph. A rank without samples passes losses[:0] of any dummy sample."
+            )
+
+    def _rows_of_count(self, count: Count | None, layout: OutputLayout) -> list[float] | None:
+        counts = checked_count(count, layout.num_rows, self._placement)
+        if counts is None:
+            return None
+        return layout.rows_of(torch.tensor(counts).view(layout.shape)).tolist()
 
     def _warn_if_uneven(self, infos: list[dict[str, Any]]) -> None:
         samples = [info["samples"] for info in infos]

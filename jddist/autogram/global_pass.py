@@ -19,9 +19,11 @@ from jddist.distribution.exchange import (
     sharded_rows_gramian,
     summed_rows_gramian,
 )
-from jddist.distribution.plan import BlockShape, plan_exchange
+from jddist.distribution.planning import Plan, Prefer, plan, plan_sums
+from jddist.distribution.schemes import BlockShape
 from jddist.errors import NonFiniteObjectiveError
 
+from .blocks.products import mirror_
 from .layout import OutputLayout
 from .local_pass import Blocks
 from .parameters import ParameterTable
@@ -99,10 +101,12 @@ class GlobalLayout:
 @dataclass(frozen=True)
 class GramianParts:
     """The global Gramian [m, m], with flags of the objectives that are not finite: [1, m] if every
-    rank has its own, else [W, m]: which rank's estimate is to blame."""
+    rank has its own, else [W, m]: which rank's estimate is to blame. ``plan`` is
+    how it was exchanged, None in one process."""
 
     values: Tensor
     flags: Tensor
+    plan: Plan | None = None
 
     @property
     def finite(self) -> bool:
@@ -112,23 +116,26 @@ class GramianParts:
 
 def must_agree(
     table: ParameterTable,
-    output: Tensor,
-    layout: OutputLayout,
+    outputs: Sequence[Tensor],
+    layouts: Sequence[OutputLayout],
     placement: Placement,
     has_count: bool,
 ) -> dict[str, Any]:
-    """What has to be the same on every rank."""
-    shape = [str(s) for s in output.shape]
-    if is_sharded(placement) and shape:
-        shape[layout.sharded_dim] = "*"
+    """What has to be the same on every rank, of the objectives of one or several batches."""
+    shapes = []
+    for layout in layouts:
+        shape = [str(s) for s in layout.shape]
+        if is_sharded(placement) and shape:
+            shape[layout.sharded_dim] = "*"
+        shapes.append(f"[{', '.join(shape)}]")
     described = [
         f"{e.name}:{tuple(e.parameter.shape)}:{e.parameter.dtype}" for e in table.trainable
     ]
     digest = hashlib.blake2b("\n".join(described).encode(), digest_size=8).hexdigest()
     return {
-        "shape of the objectives": f"[{', '.join(shape)}]",
-        "dtype of the objectives": str(output.dtype),
-        "batch_dim": layout.batch_dim,
+        "shape of the objectives": ", ".join(shapes),
+        "dtype of the objectives": ", ".join(str(output.dtype) for output in outputs),
+        "batch_dim": layouts[0].batch_dim,
         "placement of the objectives": repr(placement),
         "trainable parameters": f"{len(described)} with digest {digest}",
         "whether count is given": has_count,
@@ -148,7 +155,7 @@ def to_tell(
     """
     shapes = describe(blocks, factors=layout.batch_dim is not None)
     return {
-        "size": layout.shape[layout.sharded_dim] if layout.shape else 1,
+        "size": layout.size,
         "samples": samples,
         "count": counts,
         "shapes": [list(asdict(shape).values()) for shape in shapes],
@@ -161,6 +168,7 @@ def gramian(
     blocks: Blocks,
     output: Tensor,
     table: ParameterTable,
+    prefer: Prefer = "bytes",
 ) -> GramianParts:
     """The global Gramian in the engine's order of rows."""
     group, device = distribution.group, output.device
@@ -179,34 +187,40 @@ def gramian(
             values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
         flags = (~finite | ~torch.isfinite(values.diagonal())) & ~dropped
         return GramianParts(values, flags.unsqueeze(0))
+    exchange = planned(layout, columns, group.size, dtype.itemsize, prefer)
     if layout.sharded:
         k = layout.objectives
-        steps = plan_exchange(layout.shapes, columns, layout.sizes, k)
-        values = sharded_rows_gramian(blocks, steps, group, layout.sizes, k, dtype, device)
+        values = sharded_rows_gramian(blocks, exchange, group, layout.sizes, k, dtype, device)
         flags = torch.zeros(1, m, dtype=torch.float64, device=device)
         start = k * sum(layout.sizes[: group.rank])
         flags[0, start : start + len(finite)] = (~finite).double()
     else:
-        # Parameters that no rank has rows for (frozen ones, say) need not travel.
-        needed = [i for i in range(len(columns)) if layout.has_rows(i)]
-        values, rows_finite = summed_rows_gramian(
-            [blocks[i] for i in needed],
-            [columns[i] for i in needed],
-            scale,
-            group,
-            dtype,
-            device,
-        )
+        values, rows_finite = summed_rows_gramian(blocks, exchange, scale, group, dtype, device)
         flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
-    # One buffer: the Gramian and the flags, in one collective.
-    buffer = torch.cat([values.reshape(-1), flags.reshape(-1)])
+    # One buffer: half of the Gramian and the flags, in one collective.
+    lower = torch.ones(m, m, dtype=torch.bool, device=device).tril_()
+    half = values[lower]
+    buffer = torch.cat([half, flags.reshape(-1)])
     group.all_reduce(buffer)
-    values = buffer[: m * m].view(m, m)
-    flags = buffer[m * m :].view(flags.shape) > 0
+    values = torch.zeros_like(values)
+    values[lower] = buffer[: len(half)]
+    flags = buffer[len(half) :].view(flags.shape) > 0
     if layout.sharded:
         flags = flags | ~torch.isfinite(values.diagonal())
-    return GramianParts(_symmetric(values), flags)
+    return GramianParts(mirror_(values), flags, exchange)
+
+
+def planned(
+    layout: GlobalLayout, columns: Sequence[int], size: int, itemsize: int, prefer: Prefer
+) -> Plan:
+    """The exchange of all ranks' blocks."""
+    if layout.sharded:
+        k = layout.objectives
+        return plan(layout.shapes, columns, layout.sizes, k, itemsize=itemsize, prefer=prefer)
+    # Parameters that no rank has rows for (frozen ones, say) need not travel.
+    needed = [i for i in range(len(columns)) if layout.has_rows(i)]
+    return plan_sums(needed, columns, layout.whole.num_rows, size, itemsize=itemsize)
 
 
 def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjectiveError:
@@ -226,8 +240,3 @@ def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjec
         ".grad was written. Lower the learning rate, look at that rank's data, or create the "
         "engine with nonfinite='skip'."
     )
-
-
-def _symmetric(gramian: Tensor) -> Tensor:
-    """Each pair of rows is multiplied once or twice, in some order: make both entries the same."""
-    return (gramian + gramian.T) / 2

@@ -73,25 +73,38 @@ class OutputLayout:
         index = (rows == row).nonzero()[0].tolist()
         return str(index[0]) if len(index) == 1 else str(index)
 
-    def generalized(self, gramian: Tensor) -> Tensor:
-        """[m, m] in the engine's order -> the generalized Gramian [m1, ..., mk, mk, ..., m1]."""
+    def generalized(self, gramian: Tensor, other: OutputLayout | None = None) -> Tensor:
+        """[m, m'] in the engine's order -> the generalized Gramian [m1, ..., mk, mk', ..., m1'].
+
+        Args:
+            gramian: A Gramian, or the inner products with the rows of another output.
+            other: The layout of the other output, if it is another one.
+        """
+        half, order = self._rows_as_dims()
+        other_half, other_order = (other or self)._rows_as_dims()
+        full = gramian.reshape(half + other_half)
+        return full.permute([*order, *(len(half) + d for d in reversed(other_order))])
+
+    def _rows_as_dims(self) -> tuple[list[int], list[int]]:
+        """The dimensions that rows unflatten to, and where each of the output's is among them."""
         ndim = len(self.shape)
         if self.batch_dim is None:
-            half: list[int] = list(self.shape)
-            order = list(range(ndim))
-        else:
-            rest = [d for d in range(ndim) if d != self.batch_dim]
-            half = [self.batch, *(self.shape[d] for d in rest)]
-            order = [0] * ndim
-            for position, dim in enumerate([self.batch_dim, *rest]):
-                order[dim] = position
-        full = gramian.reshape(half + half)
-        return full.permute([*order, *(ndim + d for d in reversed(order))])
+            return list(self.shape), list(range(ndim))
+        rest = [d for d in range(ndim) if d != self.batch_dim]
+        order = [0] * ndim
+        for position, dim in enumerate([self.batch_dim, *rest]):
+            order[dim] = position
+        return [self.batch, *(self.shape[d] for d in rest)], order
 
     @property
     def sharded_dim(self) -> int:
         """The dimension along which the objectives of several ranks are concatenated."""
         return 0 if self.batch_dim is None else self.batch_dim
+
+    @property
+    def size(self) -> int:
+        """The size of that dimension; 1 for a scalar."""
+        return self.shape[self.sharded_dim] if self.shape else 1
 
     def resized(self, size: int) -> OutputLayout:
         """The layout of the same output with another size of the sharded dimension."""

@@ -83,3 +83,16 @@ def _check_batch_norm(module: nn.Module, name: str, batched: bool, num_ranks: in
             "module whose result does not depend on how the batch is split over the ranks. "
             "Replace it by GroupNorm or InstanceNorm, or put it in eval mode."
         )
+
+
+def explained(error: Exception) -> Exception:
+    """The error, or one that says how to avoid it."""
+    if "donated buffers" not in str(error):
+        return error
+    refusal = UnsupportedModelError(
+        "Found compiled code that gives its buffers away in the first backward pass; expected a "
+        "graph that can be differentiated more than once. Set "
+        "torch._functorch.config.donated_buffer = False before the model first runs."
+    )
+    refusal.__cause__ = error
+    return refusal

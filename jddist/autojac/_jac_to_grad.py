@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jddist._stateful import Stateful
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
+from jddist.aggregation._bases import combine
 from jddist.distribution.base import Distribution
 from jddist.distribution.select import distribution_of
 from jddist.errors import NonFiniteObjectiveError
@@ -81,6 +82,9 @@ def jac_to_grad_groups(
 ) -> list[Tensor | None]:
     """``jac_to_grad`` for many groups at once: one all-reduce of all Gramians, one broadcast.
 
+    Aggregators that need more than the Gramian (ExcessMTL, MoCo, DBMTL) add their own. Of random
+    ones, the weightings of Gramians draw first and the others after them, in the groups' order.
+
     Args:
         groups: Groups of tensors, such as ``jddist.grouping`` makes them.
         aggregators: One for each group. A stateful one must not serve two groups.
@@ -122,6 +126,7 @@ def _check_aggregators(aggregators: Sequence[Aggregator], num_groups: int) -> No
         seen |= stateful
 
 
+@torch.no_grad()  # weights of the user's may require a gradient; .grad is not to have a graph
 def aggregate_groups(
     groups: list[list[Tensor]],
     aggregators: list[Aggregator],
@@ -156,13 +161,16 @@ def aggregate_groups(
         _check_finite(group)
         if by_gramian:
             check_can_skip_concatenation(aggregator)
-    results = [
-        _in_one_process(group, aggregator, retain_jac, by_gramian)
-        for group, aggregator in zip(groups, aggregators, strict=True)
-    ]
-    for group, (vectors, _) in zip(groups, results, strict=True):
-        add_grads(group, shaped(vectors, group))
-    return [weights for _, weights in results]
+    # Weightings of Gramians go first, as they do over several ranks: the draws are the same then.
+    by_turn = sorted(
+        range(len(groups)), key=lambda i: not isinstance(aggregators[i], GramianWeightedAggregator)
+    )
+    results = {
+        i: _in_one_process(groups[i], aggregators[i], retain_jac, by_gramian) for i in by_turn
+    }
+    for i, group in enumerate(groups):
+        add_grads(group, shaped(results[i][0], group))
+    return [results[i][1] for i in range(len(groups))]
 
 
 def _check_finite(group: list[Tensor]) -> None:
@@ -196,5 +204,5 @@ def _in_one_process(
     vectors = []
     while rows:  # each row block is let go as soon as it was used
         block = rows.popleft()
-        vectors.append(weights.to(block.dtype) @ block)
+        vectors.append(combine(weights, block))
     return vectors, weights

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
-from jddist.aggregation import Aggregator
+from jddist.aggregation import Aggregator, GramianWeightedAggregator
+from jddist.aggregation._columns import settings_of
+from jddist.aggregation._losses import stated_losses
 from jddist.distribution.base import POSSIBLE_PLACEMENTS, Distribution, is_sharded
+from jddist.distribution.columns import check_acts_on_columns
 from jddist.errors import LayoutMismatchError
 
 from ._accumulate import add_grads, free_jacs, jac_of
@@ -22,7 +25,7 @@ from ._groups import (
     check_group,
     shaped,
 )
-from ._sharded import RowGroup, aggregate, check_aggregator
+from ._sharded import RowGroup, aggregate
 
 
 def aggregate_over_ranks(
@@ -54,7 +57,7 @@ def aggregate_over_ranks(
         check_distinct(groups)
         for i, (group, aggregator) in enumerate(zip(groups, aggregators, strict=True)):
             check_group(group, i)
-            check_aggregator(aggregator)
+            check_acts_on_columns(aggregator)
             if by_gramian:
                 check_can_skip_concatenation(aggregator)
             jacs = [jac_of(t) for t in group]
@@ -68,6 +71,8 @@ def aggregate_over_ranks(
         agree = {
             "parameters of the groups": f"{[len(g) for g in names]} with digest {digest}",
             "aggregators": [type(a).__name__ for a in aggregators],
+            "settings of the aggregators": [_shared_settings(a) for a in aggregators],
+            "losses stated to aggregators": [stated_losses(a) for a in aggregators],
             "dtypes": sorted({str(t.dtype) for group in groups for t in group}),
         }
     except Exception as failure:  # raised again on every rank, by the handshake
@@ -87,6 +92,11 @@ def aggregate_over_ranks(
     for group, (vector, _) in zip(groups, results, strict=True):
         add_grads(group, shaped(vector.split([t.numel() for t in group]), group))
     return [weights for _, weights in results]
+
+
+def _shared_settings(aggregator: Aggregator) -> list[object]:
+    """What every rank uses by itself. Weightings of Gramians run on rank 0: its settings count."""
+    return [] if isinstance(aggregator, GramianWeightedAggregator) else settings_of(aggregator)
 
 
 def _local_rows(group: list[Tensor], count: int) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
-from jddist.aggregation import Aggregator, GramianWeightedAggregator, WeightedAggregator
-from jddist.aggregation._columns import Columns, acting_on
-from jddist.aggregation._weightings import RowCountWeighting
+from jddist.aggregation import Aggregator, GramianWeightedAggregator
+from jddist.aggregation._columns import acting_on
 from jddist.distribution.base import Distribution, is_average, is_sharded
-from jddist.distribution.collectives import column_bounds
+from jddist.distribution.collectives import Group, column_bounds
+from jddist.distribution.columns import RankColumns
 from jddist.distribution.once import Job
 from jddist.errors import NonFiniteObjectiveError
+from jddist.linalg.gramian import compute_gramian
 
 
 @dataclass(eq=False)
@@ -44,20 +45,6 @@ class RowGroup:
     def num_rows(self) -> int:
         """M: the number of rows over all ranks."""
         return sum(self.row_counts) if is_sharded(self.placement) else self.rows.shape[0]
-
-
-def check_aggregator(aggregator: Aggregator) -> None:
-    """Raises ValueError unless the aggregator can act on column shards."""
-    if isinstance(aggregator, GramianWeightedAggregator) or aggregator.columnwise:
-        return
-    if isinstance(aggregator, WeightedAggregator):
-        if isinstance(aggregator.weighting, RowCountWeighting):
-            return
-    raise ValueError(
-        f"Found {type(aggregator).__name__} on several ranks; expected an aggregator that can act "
-        "on some columns of the Jacobian: a GramianWeightedAggregator, or one with "
-        "columnwise = True. No rank ever holds the whole Jacobian."
-    )
 
 
 def aggregate(
@@ -88,31 +75,32 @@ def aggregate(
         if group.num_rows == 0:
             results.append((shard.new_zeros(shard.shape[1]), shard.new_zeros(0)))
             continue
-        with acting_on(_Shard(distribution, gramian, weight)):
+        with acting_on(_Shard(group, distribution.group, gramian, weight)):
             results.append(call(group.aggregator, shard))
     vectors = _gather(groups, [vector for vector, _ in results], distribution)
     return [(vector, w) for vector, (_, w) in zip(vectors, results, strict=True)]
 
 
-class _Shard(Columns):
-    """Columns whose Gramian over all shards, and the weights it gives, are known already."""
+class _Shard(RankColumns):
+    """A group's columns, with its Gramian and weights where they are known already."""
 
     def __init__(
-        self, distribution: Distribution, gramian: Tensor | None, weights: Tensor | None
+        self, group: RowGroup, ranks: Group, gramian: Tensor | None, weights: Tensor | None
     ) -> None:
-        self._distribution = distribution
+        super().__init__(ranks, group.rows.shape[1])
         self._gramian = gramian
         self._weights = weights
 
     def sum(self, partial: Tensor) -> Tensor:
-        assert self._gramian is not None and self._gramian.shape == partial.shape
+        if self._gramian is None:
+            return super().sum(partial)
+        assert self._gramian.shape == partial.shape
         return self._gramian.to(partial.dtype)
 
     def weigh(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
-        if self._weights is not None:
-            return self._weights.to(statistic.dtype)
-        job = Job(weighting, statistic, statistic.shape[:1])
-        return self._distribution.run_once([job])[0]
+        if self._weights is None:
+            return super().weigh(weighting, statistic)
+        return self._weights.to(statistic.dtype)
 
 
 def _column_shard(group: RowGroup, distribution: Distribution) -> Tensor:
@@ -139,7 +127,7 @@ def _sum_gramians(
         flags[ranks.rank, start : start + len(ok)] = (~ok).double()
         gramian = flags.new_empty(0)
         if m and isinstance(group.aggregator, GramianWeightedAggregator):
-            gramian = (shard @ shard.T).double()
+            gramian = compute_gramian(shard).double()
         pieces += [flags.reshape(-1), gramian.reshape(-1)]
         sizes += [flags.numel(), gramian.numel()]
     parts = ranks.all_reduce(torch.cat(pieces)).split(sizes)
@@ -168,7 +156,11 @@ def _weigh(
     groups: Sequence[RowGroup], gramians: Sequence[Tensor | None], distribution: Distribution
 ) -> list[Tensor | None]:
     jobs = [
-        Job(group.aggregator.gramian_weighting, gramian.to(group.rows.dtype), gramian.shape[:1])
+        Job(
+            group.aggregator.gramian_weighting,
+            gramian.to(torch.promote_types(group.rows.dtype, torch.float32)),
+            gramian.shape[:1],
+        )
         for group, gramian in zip(groups, gramians, strict=True)
         if gramian is not None and isinstance(group.aggregator, GramianWeightedAggregator)
     ]

@@ -5,7 +5,7 @@ With one rank every operation is the identity, so one process takes the same pat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -92,23 +92,60 @@ class Group:
         _all_gather(gathered, padded.contiguous(), group=self.process_group)
         return [row[:n] for row, n in zip(gathered.view(self.size, -1), lengths, strict=True)]
 
+    def exchange(self, sent: Sequence[Tensor], lengths: Sequence[int]) -> Callable[[], Tensor]:
+        """Sends the vector ``sent[r]`` to each rank r, in the background.
+
+        Args:
+            sent: One vector for each rank, this one included, of one dtype.
+            lengths: The lengths of the vectors that come from each rank.
+
+        Returns:
+            A function that waits for the vectors of all ranks and returns them, joined.
+        """
+        if self.size == 1:
+            return lambda: sent[0]
+        joined = torch.cat(list(sent))
+        received = joined.new_empty(sum(lengths))
+        work = dist.all_to_all_single(
+            received,
+            joined,
+            list(lengths),
+            [len(part) for part in sent],
+            group=self.process_group,
+            async_op=True,
+        )
+
+        def wait() -> Tensor:
+            work.wait()
+            return received
+
+        return wait
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        """From every rank's parts [W, ...] to the sum over ranks of this rank's part."""
+        if self.size == 1:
+            return parts[0]
+        received = torch.empty_like(parts[0])
+        _reduce_scatter(received.view(-1), parts.reshape(-1), group=self.process_group)
+        return received
+
     def rows_to_columns(self, rows: Tensor, row_counts: Sequence[int]) -> Tensor:
         """From every rank's rows [m_r, p] to this rank's columns of all rows [M, p_r]."""
+        return self.start_rows_to_columns(rows, row_counts)()
+
+    def start_rows_to_columns(
+        self, rows: Tensor, row_counts: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        """``rows_to_columns`` in the background; the function waits for the columns."""
         if self.size == 1:
-            return rows
+            return lambda: rows
         bounds = column_bounds(rows.shape[1], self.size)
-        widths = [stop - start for start, stop in bounds]
-        sent = torch.cat([rows[:, start:stop].reshape(-1) for start, stop in bounds])
-        mine = widths[self.rank]
-        received = rows.new_empty(sum(row_counts) * mine)
-        dist.all_to_all_single(
-            received,
-            sent,
+        mine = bounds[self.rank][1] - bounds[self.rank][0]
+        wait = self.exchange(
+            [rows[:, start:stop].reshape(-1) for start, stop in bounds],
             [count * mine for count in row_counts],
-            [rows.shape[0] * width for width in widths],
-            group=self.process_group,
         )
-        return received.view(sum(row_counts), mine)
+        return lambda: wait().view(sum(row_counts), mine)
 
     def reduce_columns(self, rows: Tensor) -> Tensor:
         """From every rank's estimate [m, p] of the same rows to this rank's columns of the sum."""
@@ -116,14 +153,11 @@ class Group:
             return rows
         m, p = rows.shape
         bounds = column_bounds(p, self.size)
-        width = -(-p // self.size)
-        sent = rows.new_zeros(self.size, m, width)
+        sent = rows.new_zeros(self.size, m, -(-p // self.size))
         for r, (start, stop) in enumerate(bounds):
             sent[r, :, : stop - start] = rows[:, start:stop]
-        received = rows.new_empty(m * width)
-        _reduce_scatter(received, sent.view(-1), group=self.process_group)
         start, stop = bounds[self.rank]
-        return received.view(m, width)[:, : stop - start]
+        return self.reduce_scatter(sent)[:, : stop - start]
 
     def gather_columns(self, columns: Tensor, total: int) -> Tensor:
         """From every rank's part [p_r] of a vector to the whole vector [p]."""

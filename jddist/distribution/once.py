@@ -1,7 +1,8 @@
-"""Runs weightings on rank 0 alone and makes every rank leave with the same results and state.
+"""Runs weightings on rank 0 and makes every rank leave with the same results and state.
 
-What follows the weights: an exception with its message, the state of stateful weightings, and
-torch's default random state, so that ranks that were seeded alike stay alike.
+Weightings that deal out their work run on every rank; the weights are rank 0's all the same. What
+follows the weights: an exception with its message, the state of stateful weightings, and torch's
+default random state, so that ranks that were seeded alike stay alike.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from jddist._stateful import Stateful
 from jddist.errors import RankError
+from jddist.linalg._dealing import is_dealt
 
 from .collectives import Group
+from .dealt import run_dealt
 
-_OK, _FAILED = 0.0, 1.0
+_OK, _FAILED, _DEALS = 0.0, 1.0, 2.0
 
 
 class Job(NamedTuple):
@@ -41,13 +44,15 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
 
     Args:
         group: The ranks; all of them have to call, with jobs of the same shapes.
-        jobs: What to run; on the other ranks the weightings are not called.
+        jobs: What to run; on the other ranks the weightings are not called, unless rank 0's deal
+            out their work.
 
     Returns:
         Weights in the statistics' dtype (at least float32), bit-identical on all ranks.
 
     Raises:
         RankError: A weighting raised on rank 0 (with several ranks; alone, its own error).
+        LayoutMismatchError: Rank 0 deals out its work, and some rank has another weighting.
         ValueError: A weighting returned weights of another shape.
     """
     if group.size == 1:
@@ -56,10 +61,20 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
     counts = [job.shape.numel() for job in jobs]
     # Weights travel as float64, to which every narrower dtype converts without loss.
     buffer = torch.zeros(2 + sum(counts), dtype=torch.float64, device=device)
+    parts = buffer[2:].split(counts)
     payload, failure = b"", None
     if group.rank == 0:
+        deals = [is_dealt(job.weighting, job.shape.numel()) for job in jobs]
+        dealt: list[Tensor | None] = [None] * len(jobs)
+        if any(deals):  # the others would not know: theirs may be other weightings
+            buffer[0] = _DEALS
+            for part, deal in zip(parts, deals, strict=True):
+                part.fill_(deal)
+            group.broadcast(buffer)
+            dealt = _run_dealt(group, jobs, deals)
+            buffer.zero_()
         try:
-            weights, payload = _run(jobs, device)
+            weights, payload = _run(jobs, dealt, device)
             buffer[2:] = weights
         except Exception as error:  # it is raised again on every rank, below
             failure = error
@@ -67,6 +82,9 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
             buffer[0] = _FAILED
         buffer[1] = len(payload)
     group.broadcast(buffer)
+    if buffer[0] == _DEALS:
+        _run_dealt(group, jobs, [bool(part.any()) for part in parts])
+        group.broadcast(buffer)
     failed, length = bool(buffer[0] == _FAILED), int(buffer[1])
     if length:
         payload = group.broadcast_payload(payload if group.rank == 0 else None, length)
@@ -74,10 +92,9 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
         raise RankError(f"The weighting failed on rank 0: {payload.decode()}") from failure
     if length and group.rank != 0:
         _apply(payload, jobs, device)
-    results = buffer[2:].split(counts)
     return [
-        result.reshape(job.shape).to(torch.promote_types(job.statistic.dtype, torch.float32))
-        for job, result in zip(jobs, results, strict=True)
+        part.reshape(job.shape).to(torch.promote_types(job.statistic.dtype, torch.float32))
+        for job, part in zip(jobs, parts, strict=True)
     ]
 
 
@@ -90,10 +107,23 @@ def _checked(job: Job, weights: Tensor) -> Tensor:
     return weights
 
 
-def _run(jobs: Sequence[Job], device: torch.device) -> tuple[Tensor, bytes]:
+def _run_dealt(group: Group, jobs: Sequence[Job], deals: Sequence[bool]) -> list[Tensor | None]:
+    """The weights of each job whose work is dealt out, and None for the others."""
+    return [
+        run_dealt(group, job.weighting, job.statistic, job.shape) if deal else None
+        for job, deal in zip(jobs, deals, strict=True)
+    ]
+
+
+def _run(
+    jobs: Sequence[Job], known: Sequence[Tensor | None], device: torch.device
+) -> tuple[Tensor, bytes]:
     """All weights in one float64 vector, and what has to follow them, serialised."""
     before = _random_states(device)
-    results = [_checked(job, job.weighting(job.statistic)).detach() for job in jobs]
+    results = [
+        _checked(job, job.weighting(job.statistic)).detach() if weights is None else weights
+        for job, weights in zip(jobs, known, strict=True)
+    ]
     follow: dict[str, Any] = {
         "states": [_state(job.weighting) for job in jobs],
         "random": {

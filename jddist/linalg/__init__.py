@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from .batched_projector import AutomaticProjector, BatchedProjector
 from .dual_cone import DualConeProjector, QuadprogProjector
 from .matrix import Matrix, PSDMatrix, PSDTensor
 
-__all__ = ["DualConeProjector", "Matrix", "PSDMatrix", "PSDTensor", "QuadprogProjector"]
+__all__ = [
+    "AutomaticProjector",
+    "BatchedProjector",
+    "DualConeProjector",
+    "Matrix",
+    "PSDMatrix",
+    "PSDTensor",
+    "QuadprogProjector",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,16 @@ import quadprog
 import torch
 from torch import Tensor
 
-from .gramian import normalize, regularize
 from .matrix import PSDMatrix, is_psd_matrix
 
+NOT_FINITE = "the Gramian or the vectors hold NaN or infinite values"
+NOT_POSITIVE_DEFINITE = "the regularized Gramian is not positive definite"
+
 _Array: TypeAlias = npt.NDArray[np.float64]
+
+
+class Unsolvable(ValueError):
+    """Why a projector cannot solve its problems; its caller sees a ValueError that says more."""
 
 
 class DualConeProjector(ABC):
@@ -41,6 +47,10 @@ class DualConeProjector(ABC):
             ValueError: U and G disagree about m, or a problem could not be solved.
         """
 
+    def deals(self, k: int, m: int) -> bool:
+        """Whether k problems of m objectives are dealt out over ranks, where there are several."""
+        return False
+
 
 def check_shapes(U: Tensor, G: Tensor) -> None:
     """Raises a ValueError unless G is [m, m] and U is [..., m]."""
@@ -53,16 +63,14 @@ def check_shapes(U: Tensor, G: Tensor) -> None:
         )
 
 
-class QuadprogProjector(DualConeProjector):
-    """Solves the quadratic programs one by one with quadprog, on the CPU in float64.
-
-    Each problem is solved on G / trace(G) + reg_eps * I.
+class RegularizedProjector(DualConeProjector):
+    """Base class of the projectors that solve on G / trace(G) + reg_eps * I, in float64.
 
     Args:
         norm_eps: Trace of G below which it is replaced by zero, so that u is returned where it is
             not negative. Such calls are counted in `below_norm_eps`, and the first one of an
             instance warns (unless G is exactly zero). 0 turns this off.
-        reg_eps: What is added to the diagonal, since quadprog needs G to be positive definite.
+        reg_eps: What is added to the diagonal, to make G positive definite.
 
     Attributes:
         below_norm_eps: Number of calls whose G had a positive trace below `norm_eps`.
@@ -99,20 +107,40 @@ class QuadprogProjector(DualConeProjector):
         m = G.shape[0]
         if U.numel() == 0:
             return U.detach().to(G).clone()
-        gramian = cast(PSDMatrix, G.detach().to(device="cpu", dtype=torch.float64))
-        trace = float(gramian.diagonal().sum())
+        matrix = G.detach().to(device=self._device(U, G), dtype=torch.float64)
+        trace = matrix.trace().item()
         self._watch(trace)
-        matrix = regularize(normalize(gramian, self.norm_eps), self.reg_eps).numpy()
-        vectors = U.detach().to(device="cpu", dtype=torch.float64).reshape(-1, m).numpy()
+        # `normalize` and `regularize`, in fewer operations.
+        vanishing = trace < self.norm_eps or trace == 0.0
+        matrix = torch.zeros_like(matrix) if vanishing else matrix / trace
+        matrix.diagonal().add_(self.reg_eps)
+        vectors = U.detach().to(matrix).reshape(-1, m)
         try:
-            solutions = _solve(matrix, vectors)
-        except ValueError as error:
+            solutions = self._solve(vectors, matrix)
+        except Unsolvable as error:
             raise ValueError(
-                f"quadprog could not project onto the dual cone of {m} objectives, whose Gramian "
-                f"has the trace {trace:.6g}: {error}. If the Gramian is finite, give the projector "
-                f"a larger reg_eps than {self.reg_eps} (QuadprogProjector(reg_eps=...))."
+                f"{type(self).__name__} could not project onto the dual cone of {m} objectives, "
+                f"whose Gramian has the trace {trace:.6g}: {error}. If the Gramian is finite, give "
+                f"the projector a larger reg_eps than {self.reg_eps} "
+                f"({type(self).__name__}(reg_eps=...))."
             ) from error
-        return torch.from_numpy(solutions).reshape(U.shape).to(G)
+        return solutions.reshape(U.shape).to(G)
+
+    @abstractmethod
+    def _solve(self, vectors: Tensor, gramian: Tensor) -> Tensor:
+        """Minimizes vᵀGv subject to v >= u for each row u of `vectors` [k, m].
+
+        Args:
+            vectors: The vectors u, in float64.
+            gramian: G [m, m] normalized and regularized, in float64.
+
+        Raises:
+            Unsolvable: Something is not finite, or G is not positive definite.
+        """
+
+    def _device(self, U: Tensor, G: Tensor) -> torch.device:
+        """Where to solve."""
+        return torch.device("cpu")
 
     def _watch(self, trace: float) -> None:
         if not 0.0 < trace < self.norm_eps:
@@ -122,29 +150,65 @@ class QuadprogProjector(DualConeProjector):
             warnings.warn(
                 f"The Gramian's trace {trace:.3g} is below norm_eps={self.norm_eps:.3g}, so the "
                 "weights ignore conflicts from here on (as happens near convergence). Use "
-                "QuadprogProjector(norm_eps=0) to keep resolving them. This is said once.",
+                f"{type(self).__name__}(norm_eps=0) to keep resolving them. This is said once.",
                 UserWarning,
                 stacklevel=3,
             )
 
 
-def _solve(gramian: _Array, vectors: _Array) -> _Array:
-    """Minimizes vᵀGv subject to v >= u for each row u [k, m], by one factorization of G [m, m]."""
-    if not (np.isfinite(gramian).all() and np.isfinite(vectors).all()):
-        raise ValueError("the Gramian or the vectors hold NaN or infinite values")
+class QuadprogProjector(RegularizedProjector):
+    """Solves the quadratic programs one by one with quadprog, on the CPU in float64.
+
+    Each problem is solved on G / trace(G) + reg_eps * I.
+
+    Args:
+        norm_eps: Trace of G below which it is replaced by zero, so that u is returned where it is
+            not negative. Such calls are counted in `below_norm_eps`, and the first one of an
+            instance warns (unless G is exactly zero). 0 turns this off.
+        reg_eps: What is added to the diagonal, since quadprog needs G to be positive definite.
+
+    Attributes:
+        below_norm_eps: Number of calls whose G had a positive trace below `norm_eps`.
+    """
+
+    def _solve(self, vectors: Tensor, gramian: Tensor) -> Tensor:
+        return torch.from_numpy(solve_one_by_one(gramian.numpy(), vectors.numpy()))
+
+
+def solve_one_by_one(gramian: _Array, vectors: _Array) -> _Array:
+    """Minimizes vᵀGv subject to v >= u for each row u of `vectors` [k, m].
+
+    Raises:
+        Unsolvable: Something is not finite, or G is not positive definite.
+    """
+    # quadprog takes violations below some absolute size for none, so all vectors get the size 1.
+    exponents = np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1]
+    vectors = np.ldexp(vectors, -exponents)
+    slopes = vectors @ gramian
+    if not np.isfinite(slopes).all():
+        raise Unsolvable(NOT_FINITE)
+    linear, constraints = np.zeros(len(gramian)), np.eye(len(gramian))
+    solutions = vectors.copy()
+    # Where Gu >= 0 the constraints are all active and u solves its own problem.
+    open_ = np.flatnonzero((slopes < 0.0).any(axis=1))
+    factored = len(open_) > 1  # quadprog factors G itself, which for one problem is quickest
+    matrix = _inverse_root(gramian) if factored else gramian
+    for k in open_:
+        try:
+            found = quadprog.solve_qp(matrix, linear, constraints, vectors[k], 0, factored)
+        except ValueError as error:
+            raise Unsolvable(f"{NOT_POSITIVE_DEFINITE} ({error})") from error
+        solutions[k] = found[0]
+    return np.ldexp(solutions, exponents)
+
+
+def _inverse_root(gramian: _Array) -> _Array:
+    """R⁻¹ where G = RᵀR with R upper triangular, as quadprog wants it."""
     try:
         factor = np.linalg.cholesky(gramian)
     except np.linalg.LinAlgError:
-        raise ValueError("the regularized Gramian is not positive definite") from None
-    # quadprog wants R⁻¹ with G = RᵀR.
-    inverse_root = np.ascontiguousarray(np.linalg.inv(factor).T)
-    m = gramian.shape[0]
-    linear, constraints = np.zeros(m), np.eye(m)
-    solutions = vectors.copy()
-    # Where Gu >= 0 the constraints are all active and u solves its own problem.
-    for k in np.flatnonzero((vectors @ gramian < 0.0).any(axis=1)):
-        solutions[k] = quadprog.solve_qp(inverse_root, linear, constraints, vectors[k], 0, True)[0]
-    return solutions
+        raise Unsolvable(NOT_POSITIVE_DEFINITE) from None
+    return np.ascontiguousarray(np.linalg.inv(factor).T)
 
 
 def _non_negative(name: str, value: float) -> float:

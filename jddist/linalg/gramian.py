@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .matrix import Matrix, PSDMatrix, PSDTensor, is_psd_tensor
 
+# How many columns of half precision are worked on at a time.
+_CHUNK = 1 << 16
+
 
 @overload
 def compute_gramian(tensor: Tensor, contracted_dims: Literal[-1] = -1) -> PSDMatrix: ...
@@ -38,7 +41,8 @@ def compute_gramian(tensor: Tensor, contracted_dims: int = -1) -> PSDTensor:
             leading dimensions to keep instead: -1, the default, keeps the first alone.
 
     Returns:
-        Tensor of shape [m1, ..., mk, mk, ..., m1].
+        Tensor of shape [m1, ..., mk, mk, ..., m1], in float32 at least: rounded to 8 or 11 bits, a
+        Gramian is indefinite, and in float16 it overflows.
 
     Raises:
         ValueError: The tensor has fewer dimensions than are to be contracted or kept.
@@ -52,7 +56,17 @@ def compute_gramian(tensor: Tensor, contracted_dims: int = -1) -> PSDTensor:
         )
     half_shape = tensor.shape[:kept]
     rows = tensor.reshape(prod(half_shape), prod(tensor.shape[kept:]))
-    return unflatten_gramian(cast(PSDMatrix, rows @ rows.T), half_shape)
+    return unflatten_gramian(cast(PSDMatrix, _square(rows)), half_shape)
+
+
+def _square(rows: Tensor) -> Tensor:
+    if rows.dtype not in (torch.float16, torch.bfloat16):
+        return rows @ rows.T
+    gramian = rows.new_zeros(len(rows), len(rows), dtype=torch.float32)
+    for columns in rows.split(_CHUNK, dim=1):  # never all of them in float32
+        wide = columns.float()
+        gramian = gramian + wide @ wide.T
+    return gramian
 
 
 def flatten_gramian(gramian: Tensor) -> PSDMatrix:

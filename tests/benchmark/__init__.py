@@ -1,1 +1,1 @@
-"""Benchmarks: run by hand, never by pytest."""
+"""Measurements of speed, run by hand; no test depends on a time."""

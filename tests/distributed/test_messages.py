@@ -20,7 +20,7 @@ from tests.distributed._training import wrap
 
 FLOAT = 8  # bytes of a float64
 IN, HIDDEN, OUT = 40, 30, 20  # wide against the batch: factors are far smaller than rows
-BATCH = 3  # on each rank
+BATCH = 6  # on each rank
 
 
 def _network() -> nn.Module:
@@ -58,13 +58,11 @@ def _instance_wise(rank: int, world_size: int) -> dict[str, list]:
 def test_instance_wise_messages(world_size: int) -> None:
     others, total = world_size - 1, world_size * BATCH
     header = 4 * 8 * others
-    factors = [
-        others * BATCH * (IN + OUT_FEATURES) * FLOAT
-        for IN, OUT_FEATURES in ((IN_, OUT_) for IN_, OUT_ in ((40, 30), (30, 20)))
-    ]
+    # Half of the pairs of ranks; of two opposite ones it is the lower one's turn, then the upper's.
+    upper = range(world_size // 2, world_size)
     # The norm's weight and bias go as rows, cut into columns; the first ranks' shards are full.
     norm_columns = 2 * HIDDEN
-    gramian = 2 * others / world_size * (total * total + total) * FLOAT
+    gramian = 2 * others / world_size * (total * (total + 1) // 2 + total) * FLOAT
     weights = (2 + total) * FLOAT
     # The gradients are averaged by a message of the engine's own, in place of the reducer's.
     parameters = IN * HIDDEN + HIDDEN + 2 * HIDDEN + HIDDEN * OUT + OUT
@@ -73,12 +71,20 @@ def test_instance_wise_messages(world_size: int) -> None:
         width = -(-norm_columns // world_size)
         mine = max(0, min(norm_columns, (rank + 1) * width) - min(norm_columns, rank * width))
         rows = BATCH * (norm_columns - mine) * FLOAT
+        times = [
+            others // 2 + (world_size % 2 == 0 and (rank in upper) == first)
+            for first in (True, False)
+        ]
+        factors = [
+            n * BATCH * (in_ + out) * FLOAT
+            for n, (in_, out) in zip(times, ((40, 30), (30, 20)), strict=True)
+        ]
         first, second = result["logs"]
         assert [name for name, _ in first[:2]] == ["all_gather", "all_gather"]  # the handshake
         assert second == [
             ("all_gather", header),
-            ("all_gather", factors[0]),
-            ("all_gather", factors[1]),
+            ("all_to_all_single", factors[0]),
+            ("all_to_all_single", factors[1]),
             ("all_to_all_single", rows),
             ("all_reduce", gramian),
             ("broadcast", weights if rank == 0 else 0),
@@ -109,7 +115,7 @@ def test_rows_travel_where_they_are_smaller(world_size: int) -> None:
         assert exchanged == [("all_to_all_single", 4 * (columns - mine) * FLOAT)]
 
 
-WORDS, WIDTH, LENGTH = 500, 6, 40
+WORDS, WIDTH, LENGTH, SENTENCES = 500, 6, 40, 3
 
 
 def _lookup(rank: int, world_size: int) -> list:
@@ -117,7 +123,7 @@ def _lookup(rank: int, world_size: int) -> list:
     ddp = wrap(nn.Sequential(nn.Embedding(WORDS, WIDTH)).double())
     engine = Engine(ddp, batch_dim=0)
     # Sample i of each rank reads 10 i + 1 different words, most of them several times.
-    tokens = torch.stack([(torch.arange(LENGTH) % (10 * i + 1)) * 7 for i in range(BATCH)])
+    tokens = torch.stack([(torch.arange(LENGTH) % (10 * i + 1)) * 7 for i in range(SENTENCES)])
     losses = ddp(tokens).pow(2).sum(dim=(1, 2))
     with spying(rank, world_size) as log:
         engine.compute_gramian(losses)
@@ -126,13 +132,15 @@ def _lookup(rank: int, world_size: int) -> list:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_of_a_table_only_the_lines_that_were_read_travel(world_size: int) -> None:
-    for log in run_ranks(_lookup, world_size):
-        read = sum(10 * i + 1 for i in range(BATCH))
-        assert read == 33
-        # A sample, a line and the gradients at that line; the number is rounded up to a multiple
-        # of 4, an eighth of the power of two below it.
-        sent = (world_size - 1) * 36 * (2 + WIDTH) * FLOAT
-        assert [entry for entry in log[2:] if entry[0] != "all_reduce"] == [("all_gather", sent)]
+    assert sum(10 * i + 1 for i in range(SENTENCES)) == 33
+    # A sample, a line and the gradients at that line; the number is rounded up to a multiple of 4,
+    # an eighth of the power of two below it. One rank of each pair sends them to the other.
+    sent = 36 * (2 + WIDTH) * FLOAT
+    pairs = world_size * (world_size - 1) // 2
+    logs = run_ranks(_lookup, world_size)
+    exchanged = [e for log in logs for e in log[2:] if e[0] != "all_reduce"]
+    assert {name for name, _ in exchanged} == {"all_to_all_single"}
+    assert sum(size for _, size in exchanged) == pairs * sent
 
 
 def _task_wise(rank: int, world_size: int) -> dict[str, list]:
@@ -155,13 +163,15 @@ def test_task_wise_messages(world_size: int) -> None:
     n = IN * HIDDEN + HIDDEN + 2 * HIDDEN + HIDDEN * OUT + OUT
     padded = -(-n // world_size) * world_size
     scatter = others / world_size * tasks * padded * FLOAT
-    gramian = 2 * others / world_size * (tasks * tasks + world_size * tasks) * FLOAT
+    flags = world_size * tasks
+    halved = 2 * others / world_size * (tasks * (tasks + 1) // 2 + flags) * FLOAT
+    gramian = 2 * others / world_size * (tasks * tasks + flags) * FLOAT
     for result in run_ranks(_task_wise, world_size):
         exchanged = [e for e in result["engine"][2:] if e[0] != "broadcast"]
         averages = 2 * others / world_size * n * FLOAT
         assert exchanged == [
             ("reduce_scatter", scatter),
-            ("all_reduce", gramian),
+            ("all_reduce", halved),
             ("all_reduce", averages),
         ]
         gathered = others * (padded // world_size) * FLOAT

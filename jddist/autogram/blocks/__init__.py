@@ -11,6 +11,7 @@ from .lookup import LookupBlock
 from .outer import ColumnOrder, OuterBlock
 from .patches import Patches, Window
 from .scratch import DEFAULT_BUDGET, Scratch
+from .stacked import StackedBlock
 from .total import TotalBlock, sum_blocks
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "OuterBlock",
     "Patches",
     "Scratch",
+    "StackedBlock",
     "TiledBlock",
     "TotalBlock",
     "Window",

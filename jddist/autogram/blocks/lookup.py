@@ -73,7 +73,7 @@ class LookupBlock(TiledBlock):
     def cross(self, other: JacobianBlock) -> Tensor:
         if other is self:
             return self.gramian()
-        if not isinstance(other, LookupBlock):
+        if not isinstance(other, LookupBlock) or other.objectives != self.objectives:
             return super().cross(other)
         total = torch.zeros(self.num_rows, other.num_rows, dtype=torch.float64, device=self.device)
         first = torch.searchsorted(other._lines, self._lines)

@@ -213,7 +213,8 @@ class OuterBlock(TiledBlock):
 
     def _is_like(self, other: OuterBlock) -> bool:
         return (
-            other.in_features == self.in_features
+            other.objectives == self.objectives
+            and other.in_features == self.in_features
             and other.out_features == self.out_features
             and other.ones == self.ones
             and other._order == self._order

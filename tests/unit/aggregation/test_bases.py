@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from jddist.aggregation import (
+    IMTLG,
     MGDA,
+    PCD,
     Aggregator,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
     Constant,
     DualProj,
+    FairGrad,
     Flattening,
     GradVac,
     GramianWeightedAggregator,
+    Krum,
     Mean,
     MeanWeighting,
+    MoCo,
+    NashMTL,
     PCGrad,
     Random,
     RandomWeighting,
@@ -28,6 +39,20 @@ from jddist.aggregation import (
 )
 from jddist.linalg.gramian import compute_gramian
 from tests.unit.aggregation._matrices import make_matrix
+
+OFF_AUTOGRAD = [
+    UPGrad(),
+    DualProj(),
+    MGDA(),
+    PCGrad(),
+    GradVac(),
+    CAGrad(0.5),
+    ConFIG(),
+    FairGrad(1.0),
+    IMTLG(),
+    NashMTL(3),
+    PCD(),
+]
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3), (1, 2, 3, 4)])
@@ -42,9 +67,7 @@ def test_a_gramian_is_square(shape: tuple[int, ...]) -> None:
         UPGradWeighting()(torch.ones(shape))
 
 
-@pytest.mark.parametrize(
-    "aggregator", [UPGrad(), DualProj(), MGDA(), PCGrad(), GradVac()], ids=lambda a: str(a)
-)
+@pytest.mark.parametrize("aggregator", [*OFF_AUTOGRAD, AlignedMTL(), Krum(0)], ids=lambda a: str(a))
 def test_hooks_of_every_level_run(aggregator: GramianWeightedAggregator) -> None:
     seen: list[str] = []
 
@@ -114,9 +137,7 @@ def test_flattening_runs_hooks() -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(
-    "aggregator", [UPGrad(), DualProj(), MGDA(), PCGrad(), GradVac()], ids=lambda a: str(a)
-)
+@pytest.mark.parametrize("aggregator", OFF_AUTOGRAD, ids=lambda a: str(a))
 def test_methods_that_leave_autograd_build_no_graph(aggregator: Aggregator) -> None:
     matrix = make_matrix("random", 3, seed=0).requires_grad_()
     assert not aggregator(matrix).requires_grad
@@ -140,6 +161,17 @@ def test_methods_that_combine_rows_are_differentiable(aggregator: Aggregator) ->
     assert aggregator(matrix).requires_grad
     with torch.no_grad():
         assert not aggregator(matrix).requires_grad
+
+
+@pytest.mark.parametrize("mode", ["min", "median", "rmse"])
+def test_alignedmtl_is_differentiable(mode: Any) -> None:
+    matrix = make_matrix("random", 3, seed=0).requires_grad_()
+    assert torch.autograd.gradcheck(AlignedMTL(scale_mode=mode), matrix)
+
+
+def test_krum_is_differentiable_for_a_constant_selection() -> None:
+    matrix = make_matrix("random", 4, seed=0).requires_grad_()
+    assert torch.autograd.gradcheck(Krum(1, 2), matrix)
 
 
 @pytest.mark.parametrize("weighting", [MeanWeighting(), RandomWeighting()])
@@ -166,3 +198,16 @@ def test_a_new_method_is_short() -> None:
     assert torch.equal(Steepest()(matrix), matrix[1])
     assert repr(Steepest()) == "Steepest()"
     assert Steepest.columnwise is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [UPGrad, DualProj, MoCo])
+def test_jacobians_of_half_precision(method: type[Aggregator], dtype: torch.dtype) -> None:
+    # Rounded to 8 bits, the Gramian of more rows than columns is indefinite beyond what UPGrad
+    # regularizes; squared in float16, these rows overflow.
+    matrix = (100.0 * make_matrix("random", 6, 0, n=3)).to(dtype)
+    found, expected = method()(matrix), method()(matrix.float())
+    assert found.dtype == dtype
+    # The weights, all below 1, and each of the m sums are rounded to the dtype.
+    bound = 7 * torch.finfo(dtype).eps * float(matrix.float().abs().sum())
+    assert float((found - expected).abs().max()) <= bound

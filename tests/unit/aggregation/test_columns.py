@@ -13,17 +13,28 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from jddist.aggregation import (
+    IMTLG,
     MGDA,
+    PCD,
     Aggregator,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
     Constant,
     DualProj,
+    ExcessMTL,
+    FairGrad,
     GradVac,
     GramianWeightedAggregator,
+    Krum,
     Mean,
+    MoCo,
+    NashMTL,
     PCGrad,
     Random,
     RandomWeighting,
     Sum,
+    TrimmedMean,
     UPGrad,
 )
 from jddist.aggregation._columns import Columns, WholeColumns, acting_on, current_columns
@@ -51,8 +62,12 @@ class Meeting:
 class Shard(Columns):
     """One thread's columns."""
 
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank, self.meeting = rank, meeting
+    def __init__(self, rank: int, meeting: Meeting, sizes: list[int]) -> None:
+        self.rank, self.meeting, self.sizes = rank, meeting, sizes
+
+    def span(self, width: int) -> tuple[int, int]:
+        assert width == self.sizes[self.rank]
+        return sum(self.sizes[: self.rank]), sum(self.sizes)
 
     def sum(self, partial: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, partial)).sum(dim=0)
@@ -64,6 +79,12 @@ class Shard(Columns):
             weights = weighting(statistic)
         return self.meeting.exchange(self.rank, weights)[0]
 
+    def pack(self, columns: Tensor) -> Tensor:
+        return torch.cat(self.meeting.exchange(self.rank, columns), dim=1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return packed.split(self.sizes, dim=1)[self.rank].clone()
+
 
 def on_shards(
     aggregator: Aggregator, matrix: Tensor, sizes: list[int]
@@ -71,7 +92,7 @@ def on_shards(
     meeting = Meeting(len(sizes))
 
     def act(rank: int, columns: Tensor, mine: Aggregator) -> Tensor:
-        with acting_on(Shard(rank, meeting)):
+        with acting_on(Shard(rank, meeting, sizes)):
             return mine(columns)
 
     jobs = [(r, c, deepcopy(aggregator)) for r, c in enumerate(matrix.split(sizes, dim=1))]
@@ -85,11 +106,22 @@ AGGREGATORS = [
     MGDA(),
     PCGrad(),
     GradVac(),
+    AlignedMTL(),
+    CAGrad(0.5),
+    ConFIG(),
+    FairGrad(2.0),
+    IMTLG(),
+    Krum(0),
+    NashMTL(4),
+    PCD(),
     Mean(),
     Sum(),
     Constant(torch.arange(4.0)),
     Random(),
     GramianWeightedAggregator(RandomWeighting()),
+    TrimmedMean(1),
+    ExcessMTL(),
+    MoCo(),
 ]
 
 

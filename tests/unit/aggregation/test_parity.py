@@ -2,90 +2,134 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import jddist.aggregation as ours
+from tests import parity
 from tests.unit.aggregation._matrices import KINDS, make_matrix
-from tests.unit.linalg.test_dual_cone import one_by_one
+from tests.unit.aggregation._parity import DTYPES, Method, compare
+from tests.unit.aggregation._parity_methods import METHODS, PlainProjector
 
 peer = pytest.importorskip("torchjd.aggregation")
 
-SIZES = [1, 2, 4, 7]
-DTYPES = [torch.float64, torch.float32]
-NAMES = ["Mean", "Sum", "Random", "UPGrad", "DualProj", "MGDA", "PCGrad", "GradVac"]
-
-
-class PlainProjector:
-    """Stands in for torchjd's projector, whose solver package may be missing."""
-
-    def __call__(self, U: Tensor, G: Tensor) -> Tensor:
-        return one_by_one(U.reshape(-1, U.shape[-1]), G).reshape(U.shape).to(G)
-
-
-def make_peer(name: str) -> Any:
-    if name in ("UPGrad", "DualProj"):
-        return getattr(peer, name)(projector=PlainProjector())
-    return getattr(peer, name)()
-
 
 def assert_same_vector(actual: Tensor, expected: Tensor, matrix: Tensor) -> None:
-    # Some ten roundings on numbers of the size of J (times m at most): 1e-12 and 1e-6 of it. For
-    # UPGrad and DualProj in float32, reg_eps = 1e-4 amplifies the rounding of the last one only.
-    limit = 1e-12 if matrix.dtype == torch.float64 else 1e-6
-    scale = float(matrix.norm() + expected.norm())
-    assert actual.dtype == matrix.dtype
-    assert float((actual - expected).norm()) <= limit * scale
+    # Some ten roundings on numbers of the size of J (times m at most).
+    assert float((actual - expected).norm()) <= 1e-12 * float(matrix.norm() + expected.norm())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_aggregators(name: str, kind: str, m: int, dtype: torch.dtype) -> None:
-    for seed in range(3):
-        matrix = make_matrix(kind, m, seed).to(dtype)
-        mine, theirs = getattr(ours, name)(), make_peer(name)
-        # From the second call on GradVac is ill-posed on low-rank matrices (see the last test).
-        for call in range(1 if name == "GradVac" and kind.startswith("rank") else 3):
-            torch.manual_seed(10 * seed + call)
-            expected = theirs(matrix)
-            position = torch.random.get_rng_state()
-            torch.manual_seed(10 * seed + call)
-            actual = mine(matrix)
-            assert torch.equal(torch.random.get_rng_state(), position)
-            if name == "MGDA":
-                # Of several optimal weights, rounding picks one; the vector's length is unique.
-                actual, expected = actual.norm()[None], expected.norm()[None]
-            assert_same_vector(actual, expected, matrix)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_aggregators(method: Method, kind: str) -> None:
+    assert compare(method, kind).failures == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", SIZES)
-@pytest.mark.parametrize("name", NAMES)
-def test_weightings(name: str, m: int, dtype: torch.dtype) -> None:
-    matrix = make_matrix("conflicting", m, seed=5)
-    gramian = (matrix @ matrix.T).to(dtype)
-    torch.manual_seed(0)
-    expected = make_peer(name).weighting(matrix.to(dtype))
-    torch.manual_seed(0)
-    actual = getattr(ours, name + "Weighting")()(gramian)
-    # The peer squares the rounded J, not J: one more rounding, amplified by 1 / reg_eps at most.
-    limit = 1e-10 if dtype == torch.float64 else 1e-3
-    assert actual.dtype == dtype
-    assert_close(actual, expected, atol=limit, rtol=limit)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_no_method_goes_uncompared(method: Method) -> None:
+    # Full rank, no zeros: where every method has an answer, in both packages.
+    assert compare(method, "random").compared > 0
 
 
-@pytest.mark.parametrize("name", ["UPGrad", "DualProj"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_weightings(method: Method) -> None:
+    if method.name == "ConFIG":
+        pytest.skip("torchjd has no weighting for it")
+    for m in method.sizes:
+        for dtype in DTYPES:
+            if method.name == "NashMTL" and m == 1:
+                continue  # torchjd cannot.
+            if method.name == "Krum" and dtype == torch.float32:
+                continue  # Its ties are torn by rounding, which is not the same here.
+            matrix = make_matrix("conflicting", m, seed=5)
+            gramian = (matrix @ matrix.T).to(dtype)
+            torch.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                expected = method.make_peer(m).weighting(matrix.to(dtype))
+            torch.manual_seed(0)
+            actual = getattr(ours, method.name + "Weighting")(**method.parameters(m))(gramian)
+            # The peer squares the rounded J, not J: one more rounding, amplified by the condition
+            # of G or by 1 / reg_eps, which is at most 1e4.
+            limit = max(method.limits[0], 1e-10) if dtype == torch.float64 else 1e-3
+            assert actual.dtype == dtype
+            assert_close(actual, expected, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize("name", ["UPGrad", "DualProj", "AlignedMTL", "ConFIG"])
 def test_preference_vector(name: str) -> None:
     matrix = make_matrix("conflicting", 4, seed=1)
     preference = torch.tensor([0.1, 2.0, 0.0, 1.0], dtype=torch.float64)
-    expected = getattr(peer, name)(preference, projector=PlainProjector())(matrix)
+    projector = {"projector": PlainProjector()} if name in ("UPGrad", "DualProj") else {}
+    expected = getattr(peer, name)(preference, **projector)(matrix)
     assert_same_vector(getattr(ours, name)(preference)(matrix), expected, matrix)
+
+
+@pytest.mark.parametrize("name", sorted({method.name for method in METHODS}))
+def test_signatures(name: str) -> None:
+    def parameters(cls: type) -> dict[str, Any]:
+        return {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+
+    if name not in ("UPGrad", "DualProj"):  # Their projectors are compared in test_dual_cone.
+        assert parameters(getattr(ours, name)) == parameters(getattr(peer, name))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_texts(method: Method) -> None:
+    if method.peer_parameters is None and method.name not in ("UPGrad", "DualProj"):
+        mine, theirs = method.make_mine(4), method.make_peer(4)
+        assert str(mine) == str(theirs)
+        assert repr(mine) == repr(theirs)
+
+
+def test_nashmtl_over_several_calls() -> None:
+    parameters = {"n_tasks": 3, "max_norm": 0.5, "update_weights_every": 3}
+    mine, theirs = ours.NashMTL(**parameters), peer.NashMTL(**parameters)
+    for seed in range(7):
+        matrix = make_matrix("random", 3, seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = theirs(matrix)
+        # torchjd stops at a residual of 1e-3, which one more Newton step would square.
+        assert_close(mine(matrix), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("wrong", "what"), [(1.0 + 1e-11, "differs"), (torch.nan, "differs")])
+def test_the_comparison_can_fail(wrong: float, what: str) -> None:
+    class Wrong(Method):
+        def make_mine(self, m: int) -> nn.Module:
+            aggregator = ours.Mean()
+            aggregator.register_forward_hook(lambda *args: wrong * args[-1])
+            return aggregator
+
+    outcome = compare(Wrong("Mean", "Mean", (1e-12, 1e-12), "a test", n_permutations=0), "random")
+    assert outcome.compared > 0
+    assert outcome.failures
+    assert all(what in failure for failure in outcome.failures)
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parity.main(["Mean"]) == 0
+    assert "Mean                          504        0" in capsys.readouterr().out
+    assert parity.main(["Median"]) == 2
+    never = Method("Mean", "Mean", (1.0, 1.0), "a test", sizes=())
+    monkeypatch.setattr(parity, "all_methods", lambda: [never])
+    assert parity.main([]) == 1
+    assert "never compared" in capsys.readouterr().out
+
+
+def test_excluded_cells_need_a_condition() -> None:
+    # Of two equal scores rounding picks one, so no cell passes with this limit.
+    method = Method("MGDA", "MGDA", (0.0, 0.0), "a test")
+    outcome = compare(method, "conflicting")
+    assert outcome.exclusions
+    assert any("no condition" in failure for failure in outcome.failures)
 
 
 def test_hyperparameters() -> None:

@@ -10,12 +10,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from jddist.aggregation import (
+    IMTLG,
     MGDA,
+    PCD,
     Aggregator,
+    AlignedMTL,
+    ConFIG,
     Constant,
     ConstantWeighting,
     DualProj,
     DualProjWeighting,
+    FairGrad,
     GradVac,
     GradVacWeighting,
     Mean,
@@ -166,7 +171,31 @@ def test_finite_on_finite_gramians(
             assert weights.isfinite().all()
 
 
-AGGREGATORS = [MGDA(), PCGrad(), GradVac(), Mean(), Sum(), Random(), UPGrad(), DualProj()]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pcgrad_does_not_project_on_rows_too_short_for_a_square(dtype: torch.dtype) -> None:
+    rows = torch.tensor([[1e10, 0.0], [-1e-25, 0.0], [0.0, 1.0]])
+    gramian = (rows @ rows.T).to(dtype)
+    assert gramian[1, 1] == 0.0 and gramian[0, 1] < 0.0
+    # The second row is projected on the first, which leaves nothing of it, but not the reverse.
+    expected = torch.tensor([1.0 + 1e-35, 1.0, 1.0], dtype=dtype)
+    assert torch.equal(PCGradWeighting()(gramian), expected)
+
+
+AGGREGATORS = [
+    AlignedMTL(),
+    ConFIG(),
+    FairGrad(0.0),
+    IMTLG(),
+    PCD(),
+    MGDA(),
+    PCGrad(),
+    GradVac(),
+    Mean(),
+    Sum(),
+    Random(),
+    UPGrad(),
+    DualProj(),
+]
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,12 +13,17 @@ from torch.testing import assert_close
 
 from jddist._stateful import Stateful
 from jddist.aggregation import (
+    PCD,
     Aggregator,
     GradVac,
     GradVacWeighting,
+    NashMTL,
+    NashMTLWeighting,
+    PCDWeighting,
     PCGrad,
     Random,
     UPGrad,
+    Weighting,
 )
 from tests.unit.aggregation._matrices import make_matrix
 
@@ -37,33 +43,49 @@ def _run(aggregator: Aggregator, seeds: range, m: int = 4, dtype: Any = torch.fl
     return torch.stack(results)
 
 
+STATEFUL: dict[str, Callable[[int], Aggregator]] = {
+    "GradVac": lambda m: GradVac(),
+    "NashMTL": lambda m: NashMTL(m, update_weights_every=4),
+    "PCD": lambda m: PCD(tau=0.3),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 5])
-def test_gradvac_resumes_from_its_state_dict(m: int, dtype: torch.dtype) -> None:
-    uninterrupted = GradVac()
+@pytest.mark.parametrize("name", STATEFUL)
+def test_methods_resume_from_their_state_dict(name: str, m: int, dtype: torch.dtype) -> None:
+    make = STATEFUL[name]
+    uninterrupted = make(m)
     expected = _run(uninterrupted, range(6), m, dtype)[3:]
-    first, second = GradVac(), GradVac()
+    first, second = make(m), make(m)
     _run(first, range(3), m, dtype)
     second.load_state_dict(_through_a_file(first.state_dict()))
     assert torch.equal(_run(second, range(3, 6), m, dtype), expected)
 
 
-def test_gradvac_state_counts() -> None:
-    fresh = _run(GradVac(), range(3, 6))
-    used = GradVac()
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_state_counts(make: Callable[[int], Aggregator]) -> None:
+    fresh = _run(make(4), range(3, 6))
+    used = make(4)
     _run(used, range(3))
     assert not torch.equal(_run(used, range(3, 6)), fresh)
 
 
-def test_a_fresh_state_clears_a_used_one() -> None:
-    used = GradVac()
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
+def test_a_fresh_state_clears_a_used_one(make: Callable[[int], Aggregator]) -> None:
+    used = make(4)
     _run(used, range(3))
-    used.load_state_dict(_through_a_file(GradVac().state_dict()))
-    assert torch.equal(_run(used, range(3, 6)), _run(GradVac(), range(3, 6)))
+    used.load_state_dict(_through_a_file(make(4).state_dict()))
+    assert torch.equal(_run(used, range(3, 6)), _run(make(4), range(3, 6)))
 
 
-def test_state_is_a_copy_in_both_directions() -> None:
-    first, second = GradVacWeighting(), GradVacWeighting()
+@pytest.mark.parametrize(
+    "make",
+    [GradVacWeighting, PCDWeighting, lambda: NashMTLWeighting(2)],
+    ids=["GradVac", "PCD", "NashMTL"],
+)
+def test_state_is_a_copy_in_both_directions(make: Callable[[], Weighting]) -> None:
+    first, second = make(), make()
     gramian = torch.tensor([[1.0, -0.5], [-0.5, 2.0]])
     first(gramian)
     state = first.state_dict()
@@ -74,16 +96,28 @@ def test_state_is_a_copy_in_both_directions() -> None:
     assert all(torch.equal(state[name], before[name]) for name in before)
 
 
-def test_state_holds_plain_tensors_only() -> None:
-    aggregator = GradVac()
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_holds_plain_tensors_only(name: str) -> None:
+    aggregator = STATEFUL[name](3)
     _run(aggregator, range(2), m=3)
     state = aggregator.state_dict()
     assert "gramian_weighting._extra_state" in state
-    assert all(type(value) is Tensor and value.shape == (3, 3) for value in state.values())
+    shape = (3, 3) if name == "GradVac" else (4,)
+    assert all(type(value) is Tensor and value.shape == shape for value in state.values())
 
 
-@pytest.mark.parametrize("make", [GradVac, GradVacWeighting])
-def test_reset_forgets(make: type[GradVac | GradVacWeighting]) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        GradVac,
+        GradVacWeighting,
+        PCD,
+        PCDWeighting,
+        lambda: NashMTL(3, update_weights_every=5),
+        lambda: NashMTLWeighting(3, update_weights_every=5),
+    ],
+)
+def test_reset_forgets(make: Callable[[], Any]) -> None:
     square = make_matrix("conflicting", 3, seed=0, n=3)
     statistic = square @ square.T
     stateful = make()
@@ -159,3 +193,48 @@ def test_documented_draws(aggregator: Aggregator, draw: Any) -> None:
     torch.manual_seed(0)
     draw(5)
     assert torch.equal(torch.random.get_rng_state(), position)
+
+
+def test_nashmtl_keeps_its_weights_for_some_calls_and_clips_at_each() -> None:
+    nash = NashMTL(2, max_norm=0.5, update_weights_every=3)
+    matrices = [make_matrix("random", 2, seed).double() for seed in range(4)]
+    alone = [NashMTL(2, max_norm=0.0).gramian_weighting(m @ m.T) for m in matrices]
+    for k, matrix in enumerate(matrices):
+        weights = nash.gramian_weighting(matrix @ matrix.T)
+        solution = alone[0] if k < 3 else alone[3]
+        length = (solution @ matrix).norm()
+        assert_close(weights, solution * min(1.0, float(0.5 / length)))
+
+
+def test_nashmtl_refuses_another_number_of_objectives() -> None:
+    nash = NashMTL(3)
+    nash(torch.eye(3))
+    with pytest.raises(ValueError, match="n_tasks=3 .* 2"):
+        nash(torch.eye(2))
+    nash.n_tasks = 2
+    assert_close(nash(torch.eye(2)), NashMTL(2)(torch.eye(2)))
+
+
+def test_pcd_averages_the_squared_lengths() -> None:
+    pcd = PCDWeighting(beta=0.75, eps=0.0)
+    for length in (1.0, 2.0):
+        pcd(torch.tensor([[length**2]], dtype=torch.float64))
+    expected = torch.tensor([2.0, 0.75 * 0.25 * 1.0 + 0.25 * 4.0], dtype=torch.float64)
+    assert_close(pcd.get_extra_state(), expected)
+
+
+def test_pcd_survives_a_gramian_that_is_not_finite() -> None:
+    used, fresh = PCD(), PCD()
+    matrix = make_matrix("random", 3, seed=0)
+    used(matrix)
+    fresh(matrix)
+    assert used(matrix * torch.nan).isnan().all()
+    assert torch.equal(used(matrix), fresh(matrix))
+
+
+def test_pcd_starts_afresh_with_another_number_of_objectives() -> None:
+    used = PCD()
+    _run(used, range(3), m=4)
+    assert torch.equal(_run(used, range(2), m=3), _run(PCD(), range(2), m=3))
+    with pytest.raises(ValueError, match="2 entries, but there are 3 secondary"):
+        PCD(tau=torch.ones(2))(torch.eye(4))

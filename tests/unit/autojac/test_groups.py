@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jddist.aggregation import Aggregator, GradVac, GramianWeightedAggregator, PCGrad, UPGrad
+from jddist.aggregation import (
+    Aggregator,
+    AlignedMTL,
+    Constant,
+    GradVac,
+    GramianWeightedAggregator,
+    PCGrad,
+    UPGrad,
+)
 from jddist.autojac import jac_to_grad, jac_to_grad_groups
 from jddist.errors import NonFiniteObjectiveError
 from jddist.grouping import per_layer, per_network
@@ -132,3 +140,19 @@ def test_hooks_of_the_gramian_weighting_run_on_the_gramian_route() -> None:
     weights = jac_to_grad([p], aggregator, optimize_gramian_computation=True)
     assert torch.allclose(weights, 3 * plain, rtol=BOUND)
     assert torch.allclose(p.grad, weights @ rows, rtol=BOUND)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("method", [Constant, AlignedMTL])
+def test_weights_that_require_a_gradient_leave_no_graph(
+    method: type[Constant | AlignedMTL], optimize: bool
+) -> None:
+    if method is Constant and optimize:
+        pytest.skip("Constant has no Gramian to optimize")
+    aggregator = method(torch.ones(3, requires_grad=True))
+    parameter = _parameter(2)
+    for _ in range(2):  # accumulating into a gradient with a graph is an error
+        parameter.jac = torch.randn((3, 2), dtype=torch.float64)
+        weights = jac_to_grad([parameter], aggregator, optimize_gramian_computation=optimize)
+        assert not parameter.grad.requires_grad
+        assert weights is not None and not weights.requires_grad

@@ -101,6 +101,18 @@ def test_negative_entries_are_raised() -> None:
     assert_close(QuadprogProjector()(u, torch.zeros(2, 2)), torch.tensor([0.0, 0.5]))
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e-60, 1e-30, 1e-12, 1e30, 1e200])
+def test_vectors_of_any_size(size: float) -> None:
+    matrix = make_matrix("random", 12, 0)[:, :5]
+    gramian = matrix @ matrix.T
+    u = torch.eye(12, dtype=torch.float64) / 12
+    expected = QuadprogProjector()(u, gramian)
+    # The problems are homogeneous: only the rounding of size * u and of the quotient remains, times
+    # a condition of at most 12e4.
+    error = (QuadprogProjector()(size * u, gramian) / size - expected).abs().max()
+    assert float(error) <= 1e-11 * float(expected.abs().max())
+
+
 def test_inputs_stay_as_they_are() -> None:
     matrix = make_matrix("conflicting", 4, seed=0)
     gramian, u = matrix @ matrix.T, torch.eye(4, dtype=torch.float64)

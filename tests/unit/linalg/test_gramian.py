@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from jddist.linalg import gramian
 from jddist.linalg.gramian import (
     compute_gramian,
     flatten_gramian,
@@ -123,3 +124,18 @@ def test_shape_checks() -> None:
     assert is_psd_tensor(torch.ones(2, 3, 3, 2))
     assert not is_psd_tensor(torch.ones(2, 3, 2, 3))
     assert not is_psd_tensor(torch.ones(2, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_squared_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gramian, "_CHUNK", 7)
+    rows = (100.0 * torch.randn(4, 30, generator=torch.Generator().manual_seed(0))).to(dtype)
+    found = compute_gramian(rows)
+    assert found.dtype == torch.float32
+    exact = rows.double() @ rows.double().T
+    # 30 products, each of at most the largest square, summed in float32.
+    bound = 30 * torch.finfo(torch.float32).eps * float(exact.max())
+    assert float((found - exact).abs().max()) <= bound
+    assert compute_gramian(rows[:, :0]).equal(torch.zeros(4, 4))

@@ -1,0 +1,107 @@
+"""GradDrop: in every column, entries of one sign are kept and those of the other dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jddist.linalg._format import vector_suffix
+from jddist.linalg.matrix import Matrix
+
+from ._bases import Aggregator
+from ._columns import UsesSettings, current_columns
+
+# How many columns are drawn and worked on at a time.
+CHUNK = 1 << 20
+
+
+def _identity(purity: Tensor) -> Tensor:
+    return purity
+
+
+class GradDrop(Aggregator, UsesSettings):
+    """Keeps, in each column of the Jacobian, the entries of one randomly chosen sign.
+
+    Lines 10 to 15 of Algorithm 1 of "Just Pick a Sign: Optimizing Deep Multitask Models with
+    Gradient Sign Dropout" (arXiv:2010.06808). Column j has the positive sign purity
+    P = (1 + sum_i J_ij / sum_i |J_ij|) / 2 and a uniform draw U. Its positive entries are kept if
+    f(P) > U, its negative ones if f(P) < U; of what is dropped, row i lets the share leak_i pass.
+
+    The draws are one stream `torch.rand(n)` from torch's default generator of the Jacobian's
+    device, drawn 2**20 columns at a time (on a GPU, where one long draw gives other numbers, this
+    is what defines them). Given some columns only, it draws the whole stream and keeps their part:
+    the result does not depend on how the columns are spread, if all shards are seeded alike.
+
+    Args:
+        f: Applied to the purities, element by element; should increase.
+        leak: Shares between 0 and 1, of shape [m]; None means 0 for all rows.
+
+    Raises:
+        ValueError: `leak` is not a vector, or at call time its length is not m.
+    """
+
+    columnwise: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ("leak",)
+    differentiable = False  # The choice of a sign has no derivative.
+
+    def __init__(
+        self, f: Callable[[Tensor], Tensor] = _identity, leak: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.f = f
+        self.leak = leak
+
+    @property
+    def leak(self) -> Tensor | None:
+        """How much of each row passes in any case, of shape [m], or None."""
+        return self._leak
+
+    @leak.setter
+    def leak(self, value: Tensor | None) -> None:
+        if value is not None and value.ndim != 1:
+            raise ValueError(
+                "`leak` must be a vector with one share per objective. Found a tensor of shape "
+                f"{tuple(value.shape)}."
+            )
+        self._leak = value
+
+    def forward(self, matrix: Matrix, /) -> Tensor:
+        m, width = matrix.shape
+        if self.leak is not None and len(self.leak) != m:
+            raise ValueError(
+                f"There are {len(self.leak)} leak shares, but {m} objectives (rows of a tensor of "
+                f"shape {tuple(matrix.shape)}): give one share per objective."
+            )
+        start, total = current_columns().span(width)
+        if m == 0:
+            return matrix.new_zeros(width)
+        pieces = [matrix.new_zeros(0)]
+        for first in range(0, total, CHUNK):
+            last = min(first + CHUNK, total)
+            draws = torch.rand(last - first, dtype=matrix.dtype, device=matrix.device)
+            low, high = max(start, first), min(start + width, last)
+            if low < high:
+                columns = matrix[:, low - start : high - start]
+                pieces.append(self._drop(columns, draws[low - first : high - first]))
+        return torch.cat(pieces)
+
+    def _drop(self, matrix: Tensor, draws: Tensor) -> Tensor:
+        # A column of zeros has the purity 0/0: nothing is kept, and there is nothing to keep.
+        purity = self.f(0.5 * (1.0 + matrix.sum(dim=0) / matrix.abs().sum(dim=0)))
+        keeps_positive, keeps_negative = purity > draws, purity < draws
+        leak = None if self.leak is None else self.leak.to(matrix)
+        result = torch.zeros_like(matrix[0])
+        for i, row in enumerate(matrix):
+            kept = ((row > 0) & keeps_positive) | ((row < 0) & keeps_negative)
+            share = kept.to(row) if leak is None else leak[i] + (1.0 - leak[i]) * kept
+            result += share * row
+        return result
+
+    def __repr__(self) -> str:
+        return f"GradDrop(f={self.f!r}, leak={self.leak!r})"
+
+    def __str__(self) -> str:
+        return "GradDrop" + vector_suffix(self.leak)
