@@ -167,13 +167,14 @@ def main() -> None:
     print(f"torch {torch.__version__}, one thread, ratio of process times to a plain step")
     for name in arguments.models:
         model = MODELS[name]
+        measured = [v for v in variants if v != "torchjd" or model.peer]
         if arguments.memory:
-            peaks = {variant: peak_memory(name, variant) for variant in variants}
+            peaks = {variant: peak_memory(name, variant) for variant in measured}
             cells = [f"{v} {p / peaks['plain']:.2f}" for v, p in peaks.items() if v != "plain"]
             megabytes = f"{peaks['plain'] / 2**20:8.0f} MiB"
             print(" | ".join([f"{model.title:<48}", megabytes, *cells]), flush=True)
         else:
-            print(_row(model, measure(model, variants, arguments.repeats)), flush=True)
+            print(_row(model, measure(model, measured, arguments.repeats)), flush=True)
 
 
 if __name__ == "__main__":
