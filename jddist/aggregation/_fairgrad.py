@@ -76,12 +76,15 @@ class FairGrad(GramianWeightedAggregator):
     The equation is solved to rounding error. torchjd's bounded least squares stops earlier, the
     more so where the rows differ in length, and starts from weights 1/m whatever the scale of G.
     At a Pareto stationary point no x solves it; the weights are then those of a problem within
-    rounding error of the given one, and their combination of the rows is almost 0.
+    rounding error of the given one, and their combination of the rows is almost 0. For alpha near
+    0.1 and rows whose lengths differ by orders of magnitude, gains would have to be smaller than
+    their rounding error; the weights are then finite, but not a solution.
 
     Args:
         alpha: What kind of fairness (>= 0 and finite).
-        max_iters: Greatest number of Newton steps; None means as many as it takes (the steps are
-            not those of torchjd, so results cut short differ).
+        max_iters: Greatest number of Newton steps for each of the problems on the way to this
+            alpha; None means as many as it takes. (The steps are not those of torchjd: results cut
+            short differ.)
 
     Raises:
         ValueError: A parameter is out of its range.
