@@ -119,8 +119,13 @@ def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert "Mean                          504        0" in capsys.readouterr().out
     assert parity.main(["Median"]) == 2
     never = Method("Mean", "Mean", (1.0, 1.0), "a test", sizes=())
-    monkeypatch.setattr(parity, "all_methods", lambda: [never])
-    assert parity.main([]) == 1
+    monkeypatch.setattr(parity, "METHODS", [never])
+    assert parity.main(["Mean"]) == 1
+    assert "never compared" in capsys.readouterr().out
+    assert parity.main(["TrimmedMean"]) == 0
+    assert "TrimmedMean                   168        0" in capsys.readouterr().out
+    monkeypatch.setattr(parity, "compare_stateful", lambda name, dtype: (0, [], 0.0))
+    assert parity.main(["TrimmedMean"]) == 1
     assert "never compared" in capsys.readouterr().out
 
 
