@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from jddist.distribution.exchange import (
 )
 from jddist.distribution.planning import Plan, Prefer, plan, plan_sums
 from jddist.distribution.schemes import BlockShape
+from jddist.distribution.triangle import pack_lower, unpack_lower
 from jddist.errors import NonFiniteObjectiveError
 
 from .blocks.products import mirror_
@@ -207,12 +209,10 @@ def gramian(
         flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
     # One buffer: half of the Gramian and the flags, in one collective.
-    lower = torch.ones(m, m, dtype=torch.bool, device=device).tril_()
-    half = values[lower]
+    half = pack_lower(values)
     buffer = torch.cat([half, flags.reshape(-1)])
     group.all_reduce(buffer)
-    values = torch.zeros_like(values)
-    values[lower] = buffer[: len(half)]
+    values = unpack_lower(buffer[: len(half)], m)
     flags = buffer[len(half) :].view(flags.shape) > 0
     if layout.sharded:
         flags = flags | ~torch.isfinite(values.diagonal())
@@ -225,10 +225,23 @@ def planned(
     """The exchange of all ranks' blocks."""
     if layout.sharded:
         k = layout.objectives
-        return plan(layout.shapes, columns, layout.sizes, k, itemsize=itemsize, prefer=prefer)
+        return _plan(layout.shapes, tuple(columns), layout.sizes, k, itemsize, prefer)
     # Parameters that no rank has rows for (frozen ones, say) need not travel.
     needed = [i for i in range(len(columns)) if layout.has_rows(i)]
     return plan_sums(needed, columns, layout.whole.num_rows, size, itemsize=itemsize)
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    shapes: tuple[tuple[BlockShape, ...], ...],
+    columns: tuple[int, ...],
+    batches: tuple[int, ...],
+    objectives: int,
+    itemsize: int,
+    prefer: Prefer,
+) -> Plan:
+    """Most steps are like the one before."""
+    return plan(shapes, columns, batches, objectives, itemsize=itemsize, prefer=prefer)
 
 
 def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjectiveError:

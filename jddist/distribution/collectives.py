@@ -104,7 +104,8 @@ class Group:
         """
         if self.size == 1:
             return lambda: sent[0]
-        joined = torch.cat(list(sent))
+        parts = [part for part in sent if len(part)]
+        joined = parts[0] if len(parts) == 1 else torch.cat(list(sent))
         received = joined.new_empty(sum(lengths))
         work = dist.all_to_all_single(
             received,

@@ -100,15 +100,19 @@ class _Factors:
 
 def _block_of(factors: Sequence[_Factors], step: Step) -> JacobianBlock:
     """One block of the rows of several ranks."""
-    second = torch.cat([f.second for f in factors])
+    second = _joined([f.second for f in factors])
     first = [f.first for f in factors if f.first is not None]
     if step.kind == "lookup":
         starts = [sum(f.batch for f in factors[:i]) for i in range(len(factors))]
-        samples = torch.cat([s + start for s, start in zip(first, starts, strict=True)])
-        lines = torch.cat([f.lines for f in factors if f.lines is not None])
+        samples = _joined([s + start for s, start in zip(first, starts, strict=True)])
+        lines = _joined([f.lines for f in factors if f.lines is not None])
         batch = sum(f.batch for f in factors)
         return LookupBlock(samples, lines, second, batch, step.out_features)
-    return OuterBlock(torch.cat(first) if first else None, second, ones=step.ones)
+    return OuterBlock(_joined(first) if first else None, second, ones=step.ones)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _alike(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from unittest.mock import patch
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from jddist.autogram import global_pass
 from jddist.distribution import Scheme, planning
 from jddist.distribution.schemes import Step
 from tests.benchmark.models import Transformer, cnn, images, mlp, sentences, vectors
@@ -34,18 +36,16 @@ def inputs(name: str, samples: int) -> Tensor:
 @contextmanager
 def only(scheme: Scheme | None) -> Iterator[None]:
     """Plans take ``scheme`` wherever it can serve; None leaves the choice to the planner."""
-    if scheme is None:
-        yield
-        return
     original = planning.candidates
 
-    def forced(*args: object) -> list[Step]:
-        found = original(*args)  # type: ignore[arg-type]
+    def forced(*args: Any) -> list[Step]:
+        found = original(*args)
         return [step for step in found if step.scheme is scheme] or found
 
-    with patch.object(planning, "candidates", forced):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        global_pass._plan.cache_clear()  # plans are remembered
+        monkeypatch.setattr(planning, "candidates", forced)
         if scheme is Scheme.ROWS:  # a weight and its bias go as rows each for itself
-            with patch.object(planning, "_fusable", lambda *_: False):
-                yield
-        else:
-            yield
+            monkeypatch.setattr(planning, "_fusable", lambda *_: False)
+        yield
+    global_pass._plan.cache_clear()

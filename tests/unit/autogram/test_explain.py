@@ -118,24 +118,26 @@ def test_a_tied_parameter_counts_once() -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_bytes_and_scheme_of_a_rank(rank: int) -> None:
     """A pure function of shapes: no process group, and the plan of 64 ranks."""
-    model = nn.Sequential(nn.Linear(1024, 512), Offset(512))
+    model = nn.Sequential(nn.Linear(1024, 512), Offset(512), Offset(256))
     shapes = (
         BlockShape("outer", 1, 1024, 512),
         BlockShape("outer", 1, 0, 512, shares_grads=True),
         BlockShape("dense"),
+        BlockShape("dense"),
     )
     table = build_table(scope_of([model], recursive=True))
-    exchange = plan([shapes] * 64, [1024 * 512, 512, 512], [2] * 64)
+    exchange = plan([shapes] * 64, [1024 * 512, 512, 512, 256], [2] * 64)
     taken = Taken(shapes, 2, 1, frozenset(), rank, exchange, 4, TILE)
-    linear, offset = reports(table, taken)
+    linear, offset, other = reports(table, taken)
     pairs = 128 * 129 // 2
     assert linear.exchange == "features" and linear.form == "pairwise"
     assert linear.bytes_sent == 4 * (2 * (1536 - 24) + 63 * pairs // 64 * 2)
     assert offset.exchange == "rows" and offset.form == "fallback"
-    assert offset.bytes_sent == 4 * 2 * (512 - 8)
-    text = as_text([linear, offset], taken)
+    # Both travel in one message, of which each counts with its columns.
+    assert offset.bytes_sent == 2 * other.bytes_sent == 4 * 2 * (768 - 12) * 2 / 3
+    text = as_text([linear, offset, other], taken)
     assert f"rank {rank} of 64" in text and "features" in text and "Gramian" in text
-    total = linear.bytes_sent + offset.bytes_sent + exchange.gramian_bytes
+    total = linear.bytes_sent + 1.5 * offset.bytes_sent + exchange.gramian_bytes
     assert total == float(exchange.bytes_sent[rank])
     assert f"{total:.3g}" in text.splitlines()[-1]
 

@@ -1,0 +1,34 @@
+"""Lower triangles of symmetric matrices as vectors without gaps, by copies of rectangles.
+
+The columns of the left half fill a rectangle below its diagonal; the rest, transposed, fills what
+is left above it. Gathering the elements one by one would cost several times as much.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def pack_lower(matrix: Tensor) -> Tensor:
+    """The lower triangle of a matrix [m, m] as a vector [m (m + 1) / 2], in an order of its own."""
+    m = len(matrix)
+    half, below, beside = _folds(m)
+    packed = matrix.new_zeros(m + below, half)
+    packed[below:] += matrix[:, :half].tril()
+    packed[: m - half, beside:] += matrix[half:, half:].T.triu()
+    return packed.view(-1)
+
+
+def unpack_lower(vector: Tensor, m: int) -> Tensor:
+    """The inverse of ``pack_lower``: [m, m], zero above the diagonal."""
+    half, below, beside = _folds(m)
+    packed = vector.reshape(m + below, half)
+    matrix = vector.new_zeros(m, m)
+    matrix[:, :half] = packed[below:].tril()
+    matrix[half:, half:] = packed[: m - half, beside:].triu().T
+    return matrix
+
+
+def _folds(m: int) -> tuple[int, int, int]:
+    """The width of the rectangle; by how much its two parts are moved apart, down or aside."""
+    return (m + 1) // 2, (m + 1) % 2, m % 2
