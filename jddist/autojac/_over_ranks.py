@@ -92,7 +92,7 @@ def aggregate_over_ranks(
         count = counts[distribution.group.rank]
         cut = None
         if distribution.shards_columns:
-            cut = ColumnCut(group, distribution.group)
+            cut = ColumnCut(group, distribution.column_group)
             rows = cut.columns([jac_of(t) for t in group], count, _common_dtype(group))
         else:
             rows = _local_rows(group, count)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Placement
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._columns import acting_on
 from jddist.distribution.base import Distribution, is_average, is_sharded
-from jddist.distribution.collectives import Group, column_bounds
+from jddist.distribution.collectives import column_bounds
 from jddist.distribution.columns import RankColumns
 from jddist.distribution.cut import ColumnCut
 from jddist.distribution.once import Job
@@ -82,7 +82,7 @@ def aggregate(
         if group.num_rows == 0:
             results.append((shard.new_zeros(shard.shape[1]), shard.new_zeros(0)))
             continue
-        with acting_on(_Shard(group, distribution.group, gramian, weight)):
+        with acting_on(_Shard(group, distribution, gramian, weight)):
             results.append(call(group.aggregator, shard))
     vectors = _gather(groups, [vector for vector, _ in results], distribution)
     return [(vector, w) for vector, (_, w) in zip(vectors, results, strict=True)]
@@ -92,9 +92,14 @@ class _Shard(RankColumns):
     """A group's columns, with its Gramian and weights where they are known already."""
 
     def __init__(
-        self, group: RowGroup, ranks: Group, gramian: Tensor | None, weights: Tensor | None
+        self,
+        group: RowGroup,
+        distribution: Distribution,
+        gramian: Tensor | None,
+        weights: Tensor | None,
     ) -> None:
-        super().__init__(ranks, group.total)
+        super().__init__(distribution.column_group, group.total)
+        self._distribution = distribution
         self._gramian = gramian
         self._weights = weights
 
@@ -106,7 +111,8 @@ class _Shard(RankColumns):
 
     def weigh(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
         if self._weights is None:
-            return super().weigh(weighting, statistic)
+            job = Job(weighting, statistic, statistic.shape[:1])
+            return self._distribution.run_once([job])[0].to(statistic.dtype)
         return self._weights.to(statistic.dtype)
 
 
@@ -127,7 +133,7 @@ def _sum_gramians(
     distribution: Distribution,
 ) -> list[Tensor | None]:
     """All groups' Gramians, and every rank's flags of finite rows, in one all-reduce."""
-    ranks = distribution.group
+    ranks = distribution.column_group
     pieces, sizes = [], []
     for group, shard, ok in zip(groups, shards, finite, strict=True):
         m = group.num_rows

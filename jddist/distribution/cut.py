@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from jddist.aggregation import Aggregator, GradDrop
 from jddist.aggregation._memory import ColumnState
@@ -27,7 +27,7 @@ class ColumnCut:
 
     Attributes:
         tensors: The tensors.
-        group: The ranks.
+        group: The ranks over which the columns are cut.
     """
 
     tensors: Sequence[Tensor]
@@ -146,13 +146,9 @@ def rows_like(tensor: Tensor, local: Tensor) -> Tensor:
     )
 
 
-def shifted(tensor: DTensor) -> list[Shard]:
+def shifted(tensor: DTensor) -> list[Placement]:
     """The placements of rows [m, *shape] of a sharded tensor."""
-    placements = []
-    for placement in tensor.placements:
-        assert isinstance(placement, Shard)
-        placements.append(Shard(placement.dim + 1))
-    return placements
+    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in tensor.placements]
 
 
 def new_rows(tensor: Tensor, num_rows: int) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
@@ -25,8 +26,8 @@ from tests._ranks import run_ranks, split_sizes
 from tests.distributed._methods import METHODS
 from tests.distributed._sharded import (
     assign,
+    make_mesh,
     make_tied,
-    one_mesh,
     rows_of,
     shard,
     whole,
@@ -52,7 +53,8 @@ from tests.distributed.test_task_invariance import _model as make_multi_task
 BOUND = 1e-10
 MAX_NORM = 0.5
 
-WORLDS = [(1, "even"), (2, "even"), (3, "uneven"), (4, "empty")]
+# Ranks, how the batch is split, and how many replicas of the model there are.
+WORLDS = [(1, "even", 1), (2, "even", 1), (3, "uneven", 1), (4, "empty", 1), (4, "uneven", 2)]
 
 Found = dict[str, list[Tensor]]
 
@@ -78,10 +80,10 @@ def _children(model: nn.Module) -> list[nn.Module]:
     return [m for name, m in model.named_children() if name not in ("last", "again")]
 
 
-def _train_engine(rank: int, world_size: int, kind: str, case: str) -> Found:
+def _train_engine(rank: int, world_size: int, kind: str, mesh: DeviceMesh, case: str) -> Found:
     objective, make, optimizer, reshard = ENGINE_CASES[case]
     model = make()
-    model = shard(model, _children(model), reshard=reshard)
+    shard(model, _children(model), mesh=mesh, reshard=reshard)
     x, y = (local_part(t, rank, world_size, kind) for t in make_data())
     placement = Partial("sum") if objective == "task sum" else None
     engine = Engine(model, batch_dim=_batch_dim(objective), objectives=placement)
@@ -122,12 +124,12 @@ def _engine_reference(case: str) -> Found:
     return expected
 
 
-def _accumulate(rank: int, world_size: int, kind: str) -> Found:
+def _accumulate(rank: int, world_size: int, kind: str, mesh: DeviceMesh) -> Found:
     """Micro-steps without gradient sync, and a divisor of the user's own."""
     found: Found = {"gradient": []}
     for factor in (None, 3.0):
         model = make_network()
-        assert isinstance(shard(model), FSDPModule)
+        assert isinstance(shard(model, mesh=mesh), FSDPModule)
         if factor is not None and world_size > 1:
             for module in model.modules():
                 if isinstance(module, FSDPModule):
@@ -152,17 +154,17 @@ def _accumulate_reference() -> Found:
     return {"gradient": [total, total]}
 
 
-def _multi_task(how: str) -> nn.Module:
-    model, mesh = make_multi_task(), one_mesh()
+def _multi_task(how: str, mesh: DeviceMesh) -> nn.Module:
+    model = make_multi_task()
     shard(model.trunk, mesh=mesh, reshard=True)
     if how == "sharded heads":
         shard(model, list(model.heads), mesh=mesh)
     return model
 
 
-def _train_tasks(rank: int, world_size: int, kind: str, how: str) -> Found:
+def _train_tasks(rank: int, world_size: int, kind: str, mesh: DeviceMesh, how: str) -> Found:
     """``mtl_backward`` with heads that are sharded, or are not and are reduced all the same."""
-    model = _multi_task(how)
+    model = _multi_task(how, mesh)
     attach(model)
     x, y = make_data()
     labelled = local_part(labelled_of(y), rank, world_size, kind)
@@ -173,7 +175,12 @@ def _train_tasks(rank: int, world_size: int, kind: str, how: str) -> Found:
     for _ in range(STEPS):
         features, outputs = model(x)
         counts = labelled.sum(dim=0).tolist()
-        mtl_backward(task_losses(outputs, y, labelled), features=features, count=counts)
+        losses = task_losses(outputs, y, labelled)
+        # Without samples neither the loss nor its gradient need be numbers.
+        losses = [
+            loss if n else loss * float("nan") for loss, n in zip(losses, counts, strict=True)
+        ]
+        mtl_backward(losses, features=features, count=counts)
         for p in trunk:
             assert isinstance(p.jac, DTensor) and p.jac.shape == (TASKS, *p.shape)
         found["weights"].append(jac_to_grad(model.trunk.parameters(), UPGrad()))
@@ -209,10 +216,10 @@ AGGREGATORS = {
 }
 
 
-def _rows(rank: int, world_size: int, kind: str) -> Found:
+def _rows(rank: int, world_size: int, kind: str, mesh: DeviceMesh) -> Found:
     """Rows with either placement, every aggregator on them, and groups."""
     model = make_tied()
-    shard(model, _children(model), reshard=True)
+    shard(model, _children(model), mesh=mesh, reshard=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     x, y = (local_part(t, rank, world_size, kind) for t in make_data())
     found: Found = {}
@@ -261,12 +268,13 @@ def _rows_reference() -> Found:
     return expected
 
 
-def _all_cases(rank: int, world_size: int, kind: str) -> dict[str, Found]:
-    found = {case: _train_engine(rank, world_size, kind, case) for case in ENGINE_CASES}
-    found["accumulation"] = _accumulate(rank, world_size, kind)
+def _all_cases(rank: int, world_size: int, kind: str, replicas: int) -> dict[str, Found]:
+    where = (rank, world_size, kind, make_mesh(replicas))
+    found = {case: _train_engine(*where, case) for case in ENGINE_CASES}
+    found["accumulation"] = _accumulate(*where)
     for how in ("sharded heads", "plain heads"):
-        found[how] = _train_tasks(rank, world_size, kind, how)
-    found["rows"] = _rows(rank, world_size, kind)
+        found[how] = _train_tasks(*where, how)
+    found["rows"] = _rows(*where)
     return found
 
 
@@ -279,10 +287,10 @@ REFERENCES: dict[str, Callable[[], Found]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "kind"), WORLDS)
-def test_any_cut_takes_the_step_of_one_process(world_size: int, kind: str) -> None:
+@pytest.mark.parametrize(("world_size", "kind", "replicas"), WORLDS)
+def test_any_cut_takes_the_step_of_one_process(world_size: int, kind: str, replicas: int) -> None:
     assert kind != "empty" or 0 in split_sizes(SAMPLES, world_size, kind)
-    ranks = run_ranks(_all_cases, world_size, kind)
+    ranks = run_ranks(_all_cases, world_size, kind, replicas)
     for case, reference in REFERENCES.items():
         expected = reference()
         for found in (rank[case] for rank in ranks):

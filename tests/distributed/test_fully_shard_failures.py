@@ -23,7 +23,7 @@ from jddist.autogram import Engine
 from jddist.autojac import backward, jac_to_grad, mtl_backward
 from tests._oracle import relative_error
 from tests._ranks import run_ranks
-from tests.distributed._sharded import one_mesh, rows_of, shard, whole_gradients
+from tests.distributed._sharded import make_mesh, rows_of, shard, whole_gradients
 from tests.distributed._training import LOSSES, local_part, make_data, make_network, wrap
 
 BOUND = 1e-10
@@ -59,7 +59,7 @@ def _ordinary_step(engine: Engine, model: nn.Module, x: Tensor, y: Tensor) -> Te
 def _failures(rank: int, world_size: int) -> dict[str, Any]:
     culprit = rank == 1
     model = make_network()
-    shard(model, reshard=True)
+    shard(model, mesh=make_mesh(), reshard=True)
     attach(model, objectives=Partial("avg"))
     engine = Engine(model, batch_dim=0)
     tasks = Engine(model, batch_dim=None)
@@ -207,7 +207,7 @@ def test_failures_are_the_same_on_every_rank_and_leave_nothing_behind() -> None:
 
 
 def _refusals(rank: int, world_size: int) -> dict[str, str]:
-    mesh = one_mesh()
+    mesh = make_mesh()
 
     def partly() -> nn.Module:
         model = make_network()
