@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
-from jddist.aggregation import Aggregator
+from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._losses import stated_losses
 from jddist.distribution.base import POSSIBLE_PLACEMENTS, Distribution, is_sharded
 from jddist.distribution.columns import check_acts_on_columns
-from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut, check_needs_no_order
+from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut
+from jddist.distribution.reorder import ColumnOrder
 from jddist.distribution.select import originals
 from jddist.errors import LayoutMismatchError
 
@@ -53,6 +54,7 @@ def aggregate_over_ranks(
     if distribution.shards_columns:
         groups = [originals(group) for group in groups]
     agree: dict[str, object] = {}
+    orders: dict[int, ColumnOrder] = {}
     info: dict[str, list[object]] = {"rows": [], "present": [], "placement": []}
     try:
         if error is not None:
@@ -66,7 +68,9 @@ def aggregate_over_ranks(
             jacs = [jac_of(t) for t in group]
             if distribution.shards_columns:
                 check_is_cut(group, jacs)
-                check_needs_no_order(aggregator)
+                if not isinstance(aggregator, GramianWeightedAggregator):
+                    # It may ask where its columns are among all of them.
+                    orders[i] = ColumnOrder(group, distribution.column_group)
             check_same_rows([j for j in jacs if j is not None], "tensors.jac")
             placement = _placement_of(group, distribution)
             info["present"].append([j is not None for j in jacs])
@@ -96,7 +100,7 @@ def aggregate_over_ranks(
             rows = cut.columns([jac_of(t) for t in group], count, _common_dtype(group))
         else:
             rows = _local_rows(group, count)
-        row_groups.append(RowGroup(rows, counts, placement, aggregator, cut))
+        row_groups.append(RowGroup(rows, counts, placement, aggregator, cut, orders.get(i)))
         if not retain_jac:
             free_jacs(group)
     results = aggregate(row_groups, distribution, call_aggregator)

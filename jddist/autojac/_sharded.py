@@ -22,6 +22,7 @@ from jddist.distribution.collectives import column_bounds
 from jddist.distribution.columns import RankColumns
 from jddist.distribution.cut import ColumnCut
 from jddist.distribution.once import Job
+from jddist.distribution.reorder import ColumnOrder
 from jddist.errors import NonFiniteObjectiveError
 
 
@@ -35,6 +36,7 @@ class RowGroup:
         placement: Where the rows live.
         aggregator: What aggregates them.
         cut: If the rows are this rank's columns of all rows already: which ones.
+        order: If the aggregator needs them in order: how they get there.
     """
 
     rows: Tensor
@@ -42,6 +44,7 @@ class RowGroup:
     placement: Placement
     aggregator: Aggregator
     cut: ColumnCut | None = None
+    order: ColumnOrder | None = None
 
     @property
     def total(self) -> int:
@@ -83,9 +86,20 @@ def aggregate(
             results.append((shard.new_zeros(shard.shape[1]), shard.new_zeros(0)))
             continue
         with acting_on(_Shard(group, distribution, gramian, weight)):
-            results.append(call(group.aggregator, shard))
+            results.append(_call(group, shard, call))
     vectors = _gather(groups, [vector for vector, _ in results], distribution)
     return [(vector, w) for vector, (_, w) in zip(vectors, results, strict=True)]
+
+
+def _call(
+    group: RowGroup,
+    shard: Tensor,
+    call: Callable[[Aggregator, Tensor], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    if group.order is None:
+        return call(group.aggregator, shard)
+    vector, weights = call(group.aggregator, group.order.to_order(shard))
+    return group.order.from_order(vector), weights
 
 
 class _Shard(RankColumns):

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from jddist.aggregation import Aggregator, GradDrop
-from jddist.aggregation._memory import ColumnState
-
 from .collectives import Group, column_bounds
 
 # Where rows live that are cut as their parameters are.
@@ -103,17 +100,6 @@ def check_is_cut(tensors: Sequence[Tensor], jacs: Sequence[Tensor | None]) -> No
                 f"Found a .jac of a sharded parameter of shape {tuple(tensor.shape)} that is "
                 f"placed as {found}; expected a DTensor placed as {expected}, as backward and "
                 "mtl_backward make it."
-            )
-
-
-def check_needs_no_order(aggregator: Aggregator) -> None:
-    """Raises ValueError if the aggregator asks where its columns are among all of them."""
-    for module in aggregator.modules():
-        if isinstance(module, GradDrop | ColumnState):
-            raise ValueError(
-                f"Found {type(aggregator).__name__} on parameters in fully_shard; expected an "
-                "aggregator that does not depend on the order of the Jacobian's columns: their "
-                "shards lie otherwise than one after the other. Use DistributedDataParallel for it."
             )
 
 
