@@ -200,7 +200,9 @@ def gramian(
         start = k * sum(layout.sizes[: group.rank])
         flags[0, start : start + len(finite)] = (~finite).double()
     elif layout.rows_finite is not None:
-        values = local_gramian(blocks, m, device)
+        # Replicas have the same columns: what is summed over all ranks below counts them all.
+        replicas = group.size // distribution.column_group.size
+        values = local_gramian(blocks, m, device) / replicas
         rows_finite = torch.tensor(layout.rows_finite, device=device)
         flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()

@@ -13,7 +13,8 @@ from jddist.aggregation._columns import settings_of
 from jddist.aggregation._losses import stated_losses
 from jddist.distribution.base import POSSIBLE_PLACEMENTS, Distribution, is_sharded
 from jddist.distribution.columns import check_acts_on_columns
-from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut, check_needs_no_order
+from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut
+from jddist.distribution.reorder import ColumnOrder
 from jddist.distribution.select import originals
 from jddist.errors import LayoutMismatchError
 
@@ -54,6 +55,7 @@ def aggregate_over_ranks(
     if distribution.shards_columns:
         groups = [originals(group) for group in groups]
     agree: dict[str, object] = {}
+    orders: dict[int, ColumnOrder] = {}
     info: dict[str, list[object]] = {"rows": [], "present": [], "placement": []}
     try:
         if error is not None:
@@ -67,7 +69,9 @@ def aggregate_over_ranks(
             jacs = [jac_of(t) for t in group]
             if distribution.shards_columns:
                 check_is_cut(group, jacs)
-                check_needs_no_order(aggregator)
+                if not isinstance(aggregator, GramianWeightedAggregator):
+                    # It may ask where its columns are among all of them.
+                    orders[i] = ColumnOrder(group, distribution.column_group)
             check_same_rows([j for j in jacs if j is not None], "tensors.jac")
             placement = _placement_of(group, distribution)
             info["present"].append([j is not None for j in jacs])
@@ -94,11 +98,11 @@ def aggregate_over_ranks(
         count = counts[distribution.group.rank]
         cut = None
         if distribution.shards_columns:
-            cut = ColumnCut(group, distribution.group)
+            cut = ColumnCut(group, distribution.column_group)
             rows = cut.columns([jac_of(t) for t in group], count, _common_dtype(group))
         else:
             rows = _local_rows(group, count)
-        row_groups.append(RowGroup(rows, counts, placement, aggregator, cut))
+        row_groups.append(RowGroup(rows, counts, placement, aggregator, cut, orders.get(i)))
         if not retain_jac:
             free_jacs(group)
     results = aggregate(row_groups, distribution, call_aggregator)

@@ -18,10 +18,11 @@ from torch.distributed.tensor import Placement
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._columns import acting_on
 from jddist.distribution.base import Distribution, is_average, is_sharded
-from jddist.distribution.collectives import Group, column_bounds
+from jddist.distribution.collectives import column_bounds
 from jddist.distribution.columns import RankColumns
 from jddist.distribution.cut import ColumnCut
 from jddist.distribution.once import Job
+from jddist.distribution.reorder import ColumnOrder
 from jddist.errors import NonFiniteObjectiveError
 from jddist.linalg.gramian import compute_gramian
 
@@ -36,6 +37,7 @@ class RowGroup:
         placement: Where the rows live.
         aggregator: What aggregates them.
         cut: If the rows are this rank's columns of all rows already: which ones.
+        order: If the aggregator needs them in order: how they get there.
     """
 
     rows: Tensor
@@ -43,6 +45,7 @@ class RowGroup:
     placement: Placement
     aggregator: Aggregator
     cut: ColumnCut | None = None
+    order: ColumnOrder | None = None
 
     @property
     def total(self) -> int:
@@ -83,19 +86,35 @@ def aggregate(
         if group.num_rows == 0:
             results.append((shard.new_zeros(shard.shape[1]), shard.new_zeros(0)))
             continue
-        with acting_on(_Shard(group, distribution.group, gramian, weight)):
-            results.append(call(group.aggregator, shard))
+        with acting_on(_Shard(group, distribution, gramian, weight)):
+            results.append(_call(group, shard, call))
     vectors = _gather(groups, [vector for vector, _ in results], distribution)
     return [(vector, w) for vector, (_, w) in zip(vectors, results, strict=True)]
+
+
+def _call(
+    group: RowGroup,
+    shard: Tensor,
+    call: Callable[[Aggregator, Tensor], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    if group.order is None:
+        return call(group.aggregator, shard)
+    vector, weights = call(group.aggregator, group.order.to_order(shard))
+    return group.order.from_order(vector), weights
 
 
 class _Shard(RankColumns):
     """A group's columns, with its Gramian and weights where they are known already."""
 
     def __init__(
-        self, group: RowGroup, ranks: Group, gramian: Tensor | None, weights: Tensor | None
+        self,
+        group: RowGroup,
+        distribution: Distribution,
+        gramian: Tensor | None,
+        weights: Tensor | None,
     ) -> None:
-        super().__init__(ranks, group.total)
+        super().__init__(distribution.column_group, group.total)
+        self._distribution = distribution
         self._gramian = gramian
         self._weights = weights
 
@@ -107,7 +126,8 @@ class _Shard(RankColumns):
 
     def weigh(self, weighting: Callable[[Tensor], Tensor], statistic: Tensor) -> Tensor:
         if self._weights is None:
-            return super().weigh(weighting, statistic)
+            job = Job(weighting, statistic, statistic.shape[:1])
+            return self._distribution.run_once([job])[0].to(statistic.dtype)
         return self._weights.to(statistic.dtype)
 
 
@@ -128,7 +148,7 @@ def _sum_gramians(
     distribution: Distribution,
 ) -> list[Tensor | None]:
     """All groups' Gramians, and every rank's flags of finite rows, in one all-reduce."""
-    ranks = distribution.group
+    ranks = distribution.column_group
     pieces, sizes = [], []
     for group, shard, ok in zip(groups, shards, finite, strict=True):
         m = group.num_rows

@@ -36,6 +36,7 @@ class Distribution:
 
     Attributes:
         group: The ranks over which the objectives are spread.
+        column_group: The ranks over which the columns of a row are sharded.
         objectives: The placement stated at ``attach``, or None if none was.
         names: The attached parameters with their names, in the model's order.
         divisor: The number by which the wrapper divides the sum of the ranks' gradients: the
@@ -52,6 +53,7 @@ class Distribution:
         self.divisor: float = group.size
         # Weak: the table of attached parameters owns this object, and must not keep models alive.
         self.names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.column_group = group
         self.handshake = Handshake(group)
         self.row_placements: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

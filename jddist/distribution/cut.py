@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
-
-from jddist.aggregation import Aggregator, GradDrop
-from jddist.aggregation._memory import ColumnState
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from .collectives import Group, column_bounds
 
@@ -27,7 +24,7 @@ class ColumnCut:
 
     Attributes:
         tensors: The tensors.
-        group: The ranks.
+        group: The ranks over which the columns are cut.
     """
 
     tensors: Sequence[Tensor]
@@ -106,17 +103,6 @@ def check_is_cut(tensors: Sequence[Tensor], jacs: Sequence[Tensor | None]) -> No
             )
 
 
-def check_needs_no_order(aggregator: Aggregator) -> None:
-    """Raises ValueError if the aggregator asks where its columns are among all of them."""
-    for module in aggregator.modules():
-        if isinstance(module, GradDrop | ColumnState):
-            raise ValueError(
-                f"Found {type(aggregator).__name__} on parameters in fully_shard; expected an "
-                "aggregator that does not depend on the order of the Jacobian's columns: their "
-                "shards lie otherwise than one after the other. Use DistributedDataParallel for it."
-            )
-
-
 def like(tensor: Tensor, local: Tensor) -> Tensor:
     """This rank's part of a gradient as a gradient of ``tensor``, in its own placements."""
     if not isinstance(tensor, DTensor):
@@ -146,13 +132,9 @@ def rows_like(tensor: Tensor, local: Tensor) -> Tensor:
     )
 
 
-def shifted(tensor: DTensor) -> list[Shard]:
+def shifted(tensor: DTensor) -> list[Placement]:
     """The placements of rows [m, *shape] of a sharded tensor."""
-    placements = []
-    for placement in tensor.placements:
-        assert isinstance(placement, Shard)
-        placements.append(Shard(placement.dim + 1))
-    return placements
+    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in tensor.placements]
 
 
 def new_rows(tensor: Tensor, num_rows: int) -> Tensor:

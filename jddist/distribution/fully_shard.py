@@ -1,4 +1,8 @@
-"""``fully_shard`` (FSDP2) on a mesh of one dimension: parameters and the batch are both sharded."""
+"""``fully_shard`` (FSDP2): parameters and the batch are both sharded.
+
+On a mesh of two dimensions (hybrid sharding) the batch is spread over all ranks, and every replica
+cuts the parameters alike: what is summed over columns is summed within a replica.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.nn.parameter import Parameter
 
 from jddist.autogram.capture import paused
@@ -38,7 +43,10 @@ class FullyShard(Distribution):
         self._roots = [weakref.ref(root) for root in roots]
         self._unsharding = Unsharding(roots)
         self._unsharding.reshard()  # after a forward, modules may hold whole parameters
-        super().__init__(Group(_only_mesh(roots).get_group()), objectives)
+        mesh = _only_mesh(roots)
+        super().__init__(_all_ranks(mesh), objectives)
+        if mesh.ndim > 1:
+            self.column_group = Group(mesh.get_group(mesh.ndim - 1))
         for root in roots:
             self.register(root)
 
@@ -138,8 +146,8 @@ def _only_mesh(roots: Sequence[nn.Module]) -> DeviceMesh:
     """The mesh of all sharded parameters.
 
     Raises:
-        UnsupportedModelError: There are several, or it has more than one dimension, or a parameter
-            is not cut into plain shards.
+        UnsupportedModelError: There are several, or a parameter is not cut once, over the last
+            dimension of the mesh.
     """
     meshes: dict[DeviceMesh, None] = {}
     for root in roots:
@@ -147,13 +155,14 @@ def _only_mesh(roots: Sequence[nn.Module]) -> DeviceMesh:
             if not isinstance(parameter, DTensor):
                 continue
             mesh, placements = parameter.device_mesh, parameter.placements
-            # A strided shard is a type of its own.
-            if mesh.ndim != 1 or type(placements[0]) is not Shard:
+            # A strided shard is a type of its own, of which some versions say that it is a Shard.
+            kinds = [type(placement) for placement in placements]
+            if kinds not in ([Shard], [Replicate, Shard]):
                 raise UnsupportedModelError(
                     f"Found the parameter '{name}' placed as {placements} on a mesh of "
-                    f"{mesh.ndim} dimensions ({mesh.mesh_dim_names}); expected Shard on a mesh of "
-                    "one dimension: hybrid sharding (HSDP) and tensor parallelism are not "
-                    "supported yet. Use fully_shard with a mesh of one dimension."
+                    f"{mesh.ndim} dimensions ({mesh.mesh_dim_names}); expected (Shard,), or "
+                    "(Replicate, Shard) for hybrid sharding: tensor parallelism is not supported "
+                    "yet. Use fully_shard alone."
                 )
             meshes[mesh] = None
     if len(meshes) != 1:
@@ -162,3 +171,20 @@ def _only_mesh(roots: Sequence[nn.Module]) -> DeviceMesh:
             "model. Pass the same mesh to every fully_shard."
         )
     return next(iter(meshes))
+
+
+def _all_ranks(mesh: DeviceMesh) -> Group:
+    """All ranks of the mesh, over which the batch is spread.
+
+    Raises:
+        UnsupportedModelError: They are not all ranks that run, so that there is no group of them.
+    """
+    if mesh.ndim == 1:
+        return Group(mesh.get_group())
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != list(range(dist.get_world_size())):
+        raise UnsupportedModelError(
+            f"Found hybrid sharding over the ranks {ranks} of {dist.get_world_size()}; expected "
+            "all ranks in order. Use a mesh of one dimension, or one of all ranks."
+        )
+    return Group(dist.group.WORLD)

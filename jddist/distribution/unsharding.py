@@ -74,7 +74,7 @@ class Unsharding:
 
     def reduces(self) -> bool:
         """Whether the next backward reduces gradients over ranks."""
-        return all(group.reduce_grads for group in self._groups)
+        return all(group.reduce_grads and group.all_reduce_grads for group in self._groups)
 
     def has_accumulated(self) -> bool:
         """Whether gradients of earlier backwards wait for their reduction."""
@@ -82,7 +82,7 @@ class Unsharding:
             getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
             or p.unsharded_accumulated_grad is not None
             for p in self._params()
-        )
+        ) or any(group._partial_reduce_output is not None for group in self._groups)
 
     def reduce_accumulated(self) -> None:
         """Reduces what waits, as the end of a backward does."""

@@ -39,20 +39,25 @@ def make_tied() -> Tied:
     return Tied().double()
 
 
-def one_mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+def make_mesh(replicas: int = 1) -> DeviceMesh:
+    """A mesh of all ranks; of two dimensions if there are replicas (hybrid sharding)."""
+    size = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh("cpu", (size,))
+    return init_device_mesh(
+        "cpu", (replicas, size // replicas), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def shard(
     model: nn.Module,
     children: list[nn.Module] | None = None,
     *,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh,
     root: bool = True,
     reshard: bool | None = None,
 ) -> nn.Module:
-    """Applies ``fully_shard`` to the children and the model, on a mesh of all ranks."""
-    mesh = mesh or one_mesh()
+    """Applies ``fully_shard`` to the children and the model."""
     for child in model.children() if children is None else children:
         fully_shard(child, mesh=mesh, reshard_after_forward=reshard)
     if root:
