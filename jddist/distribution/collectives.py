@@ -148,17 +148,6 @@ class Group:
         )
         return lambda: wait().view(sum(row_counts), mine)
 
-    def exchange(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-        """A vector to every rank and one from every rank, whose lengths are known already."""
-        if self.size == 1:
-            return list(parts)
-        received = parts[0].new_empty(sum(counts))
-        lengths = [len(part) for part in parts]
-        dist.all_to_all_single(
-            received, torch.cat(list(parts)), list(counts), lengths, group=self.process_group
-        )
-        return list(received.split(list(counts)))
-
     def reduce_columns(self, rows: Tensor) -> Tensor:
         """From every rank's estimate [m, p] of the same rows to this rank's columns of the sum."""
         if self.size == 1:

@@ -57,7 +57,8 @@ class ColumnOrder:
             sent.append(torch.cat([columns[:, :0], *(columns[:, s] for s in outgoing)], dim=1))
             places.append(incoming)
             counts.append(m * sum(s.stop - s.start for s in incoming))
-        received = self._group.exchange([part.reshape(-1) for part in sent], counts)
+        wait = self._group.exchange([part.reshape(-1) for part in sent], counts)
+        received = wait().split(counts)
         moved = columns.new_empty(m, sum(counts) // max(1, m))
         for part, slices in zip(received, places, strict=True):
             widths = [s.stop - s.start for s in slices]
