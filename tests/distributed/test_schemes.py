@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jddist.autogram import Engine
 from jddist.distribution import Scheme
+from jddist.errors import LayoutMismatchError
 from tests._oracle import flat_grad, gramian, relative_error, weighted_gradient
 from tests._ranks import run_ranks, split_sizes
 from tests.distributed._exchanged import MODELS, inputs, make, only
@@ -86,3 +87,16 @@ def test_every_scheme_gives_the_gramian_of_one_process(world_size: int) -> None:
                 assert found["sent"] == found["planned"], key
                 if scheme != "planned":
                     assert scheme in found["schemes"], key
+
+
+def _disagree(rank: int, world_size: int) -> str:
+    ddp = wrap(make("mlp"))
+    engine = Engine(ddp, batch_dim=0, prefer="time" if rank else "bytes")
+    with pytest.raises(LayoutMismatchError) as caught:
+        engine.compute_gramian(losses_of(ddp(inputs("mlp", 2)), 1))
+    return str(caught.value)
+
+
+def test_ranks_that_prefer_different_plans_are_told() -> None:
+    for message in run_ranks(_disagree, 2):
+        assert "prefer (rank 0: bytes, rank 1: time)" in message
