@@ -23,7 +23,7 @@ from jddist.autogram import Engine
 from jddist.autojac import backward, jac_to_grad, mtl_backward
 from tests._oracle import relative_error
 from tests._ranks import run_ranks
-from tests.distributed._sharded import make_mesh, rows_of, shard, whole_gradients
+from tests.distributed._sharded import make_mesh, rows_of, shard, whole, whole_gradients
 from tests.distributed._training import LOSSES, local_part, make_data, make_network, wrap
 
 BOUND = 1e-10
@@ -161,9 +161,34 @@ def _failures(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
-def _mtl(model: nn.Module, x: Tensor, y: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+def _mtl(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    change: Callable[[Tensor], Tensor],
+    count: int | None = None,
+) -> None:
     features = model.norm(model.first(x))
-    mtl_backward(list(change(LOSSES["task"](model.last(features), y))), features=features)
+    losses = change(LOSSES["task"](model.last(features), y))
+    mtl_backward(list(losses), features=features, count=count)
+
+
+def _without_samples(rank: int, world_size: int) -> list[Tensor]:
+    """Rows where one rank's estimates do not count, and are no numbers."""
+    model = make_network()
+    attach(shard(model, mesh=make_mesh()))
+    x, y = (local_part(t[:8], rank, world_size, "even") for t in make_data())
+    _mtl(model, x, y, lambda v: v * float("nan") if rank else v, count=0 if rank else len(x))
+    assert all(bool(whole(p.grad).isfinite().all()) for p in model.last.parameters())
+    return [whole(p.jac) for p in model.first.parameters()]
+
+
+def test_estimates_without_samples_count_for_nothing() -> None:
+    model, (x, y) = make_network(), make_data()
+    losses = LOSSES["task"](model.last(model.norm(model.first(x[:4]))), y[:4])
+    rows = rows_of(losses, model.first)
+    for found in run_ranks(_without_samples, 2):
+        assert relative_error(torch.cat([f.flatten(1) for f in found], dim=1), rows) <= BOUND
 
 
 EXPECTED = {
