@@ -47,7 +47,7 @@ def wrong_entries(
     draw = draw.to(device=output.device, dtype=output.dtype)
     expected = weighted_gradients(output, layout.shaped(draw), leaves)
     with torch.no_grad():
-        total = math.hypot(*(float(g.double().norm()) for g in expected if g is not None))
+        total = math.hypot(*(float(_norm(g)) for g in expected if g is not None))
         if not math.isfinite(total):
             return None
         return frozenset(
@@ -98,9 +98,14 @@ def _agree(
     if block is None and expected is None:
         return True
     zero = weights.new_zeros((), dtype=torch.float64)
-    combined = zero if block is None else block.combine(weights).double()
-    target = zero if expected is None else expected.reshape(-1).double()
+    combined = zero if block is None else block.combine(weights)
+    target = zero if expected is None else expected.reshape(-1)
     eps = max(eps, torch.finfo(weights.dtype if expected is None else expected.dtype).eps)
-    difference = (combined - target).norm()
-    scale = combined.norm() + target.norm()
+    difference = _norm(combined - target)
+    scale = _norm(combined) + _norm(target)
     return bool(difference <= min(0.1, 30 * eps**0.5) * scale + min(0.01, 1e3 * eps) * total)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """The norm, added up in float64 without a copy in that dtype."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
