@@ -66,7 +66,7 @@ class Engine:
     closed form exists. Create the engine before the forward pass, and only once.
 
     Args:
-        modules: Modules, wrapped in DistributedDataParallel or not, whose parameters count,
+        modules: Modules, in DistributedDataParallel or fully_shard or not, whose parameters count,
             recursively; or one iterable of modules, whose direct parameters count.
         batch_dim: The dimension of the samples in the tensors of objectives. The modules must then
             treat the samples independently, with the samples first in all their tensors; what does

@@ -24,8 +24,9 @@ def attach(
     """Makes ``mtl_backward``, ``backward``, ``jac`` and ``jac_to_grad`` global for a model.
 
     Args:
-        model: The wrapped model (DistributedDataParallel), or a plain one in a single process.
-            Every rank has to call, since a group for small messages may be created.
+        model: The wrapped model (in DistributedDataParallel or fully_shard, as a whole or in
+            parts), or a plain one in a single process. Every rank has to call, since a group for
+            small messages may be created.
         objectives: Where the rows of the Jacobian live: ``Shard(0)`` if every rank has objectives
             of its own, ``Partial("avg")`` or ``Partial("sum")`` if every rank has an estimate of
             the same objectives. ``backward`` and ``jac`` need it on several ranks;
@@ -55,7 +56,7 @@ def attach(
             raise UnattachedParameterError(
                 f"Found a plain {type(model).__name__} while {num_ranks()} ranks run; expected a "
                 "wrapper that says how its parameters are distributed. Wrap it in "
-                "DistributedDataParallel first."
+                "DistributedDataParallel or call fully_shard on it first."
             )
         distribution = Local(objectives)
         distribution.register(model)

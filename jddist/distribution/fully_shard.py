@@ -40,6 +40,8 @@ class FullyShard(Distribution):
     shards_columns = True
 
     def __init__(self, roots: Sequence[nn.Module], objectives: Placement | None) -> None:
+        below = {child for root in roots for child in root.modules() if child is not root}
+        roots = [root for root in dict.fromkeys(roots) if root not in below]
         self._roots = [weakref.ref(root) for root in roots]
         self._unsharding = Unsharding(roots)
         self._unsharding.reshard()  # after a forward, modules may hold whole parameters

@@ -116,8 +116,9 @@ def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) ->
         raise UnattachedParameterError(
             f"Found {len(missing)} parameters (of shapes {shapes}) that belong to no attached "
             f"model while {num_ranks()} ranks run; expected to know how they are distributed. "
-            "Wrap the model in DistributedDataParallel and call jddist.attach(model) (an Engine on "
-            "the wrapper does), or pass distribution=Local() if every rank is meant to work alone."
+            "Wrap the model in DistributedDataParallel, or call fully_shard on it, and then "
+            "jddist.attach(model) (an Engine on the wrapper does), or pass distribution=Local() if "
+            "every rank is meant to work alone."
         )
     return next(iter(known.values()), None) or Local()
 
