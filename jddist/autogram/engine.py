@@ -82,9 +82,9 @@ class Engine:
             slower: rows are then formed in smaller tiles, or twice. 96 MiB by default.
         nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
             NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
-        prefer: How the exchange between ranks is chosen for each layer: "bytes" for the fewest
-            bytes, "time" to weigh the operations of each rank too. See
-            :func:`jddist.distribution.plan`.
+        prefer: How the exchange between ranks is chosen for each layer: "time" weighs the bytes
+            that are sent and the operations of each rank, "bytes" takes the fewest bytes, which on
+            many ranks may cost many times the operations. See :func:`jddist.distribution.plan`.
 
     Raises:
         UnsupportedModelError: A module or a wrapper with which the answer cannot be exact.
@@ -100,7 +100,7 @@ class Engine:
         distribution: Distribution | None = None,
         memory_budget: int = DEFAULT_BUDGET,
         nonfinite: Literal["raise", "skip"] = "raise",
-        prefer: Prefer = "bytes",
+        prefer: Prefer = "time",
     ) -> None:
         check_prefer(prefer)
         if nonfinite not in ("raise", "skip"):

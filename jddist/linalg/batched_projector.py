@@ -21,7 +21,7 @@ _CERTIFIED = 1e-8
 # Below this k m, the batched solver is bound by the number of operations and not by their size.
 _LOW_PRECISION_FROM = 10_000
 # k m³ from which all problems at once are faster than quadprog one by one, on CPUs.
-_WORTHWHILE = 2e6
+_WORTHWHILE = 3e6
 
 
 class BatchedProjector(RegularizedProjector):

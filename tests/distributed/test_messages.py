@@ -36,7 +36,7 @@ def _sample(rank: int, batch: int = BATCH) -> Tensor:
 
 def _instance_wise(rank: int, world_size: int) -> dict[str, list]:
     ddp = wrap(_network())
-    engine = Engine(ddp, batch_dim=0)
+    engine = Engine(ddp, batch_dim=0, prefer="bytes")
     logs = []
     entered = []
     original = fallback.vjp_rows
