@@ -8,9 +8,8 @@ Gramian; a weighting runs on rank 0; the weighted losses go back through the use
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,8 +18,8 @@ from torch.distributed.tensor import Partial, Placement, Shard
 
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.aggregation._weightings import check_takes_gramians
-from jddist.distribution.base import Distribution, check_placement, is_average, is_sharded
-from jddist.distribution.counts import Count, checked_count
+from jddist.distribution.base import Distribution, check_placement, is_average
+from jddist.distribution.counts import Count
 from jddist.distribution.exchange import describe
 from jddist.distribution.fully_shard import FullyShard
 from jddist.distribution.once import Job
@@ -29,13 +28,13 @@ from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
 from . import explanation, global_pass
-from .accumulation import Accumulation, Joined, MicroBatch, stack_blocks
+from .accumulation import Accumulation, Joined, MicroBatch
 from .blocks import DEFAULT_BUDGET, Scratch
-from .book_keeping import Books, agreed, combined, differentiated, no_hooks
+from .book_keeping import Books, agreed, combined, differentiated
 from .capture import Capture, paused
+from .contribution import Contribution, Contributor
 from .global_pass import GlobalLayout
 from .joint import JointOutput
-from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
 from .parameters import ParameterTable, build_table, scope_of
 from .refusals import check_modules, explained
@@ -43,18 +42,6 @@ from .row_blocks import row_blocks
 from .rules import replays
 
 Weigher = Callable[[Tensor], Tensor]
-
-
-@dataclass(eq=False)
-class _Local:
-    """What this rank brings to a call: its rows, and what to tell the others."""
-
-    layout: OutputLayout | None = None
-    dtype: torch.dtype = torch.float32
-    blocks: Blocks = field(default_factory=list)
-    agree: dict[str, Any] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
-    books: Books = Books.NO
 
 
 class Engine:
@@ -123,8 +110,6 @@ class Engine:
             )
         parameters = [entry.parameter for entry in self._table.trainable]
         self._distribution = distribution_of(parameters, selected)
-        # A wrapper that the engine was told not to see still does its own part of a backward.
-        self._sees_wrappers = distribution is None or all(unwrap(m) is m for m in given)
         self._check_reduced()
         self._check_modules()
         self._capture = Capture(
@@ -134,6 +119,17 @@ class Engine:
         scratch = Scratch(memory_budget)
         self._local_pass = LocalPass(
             self._table, batch_dim is not None, scratch, self._distribution.leaves
+        )
+        self._contributor = Contributor(
+            table=self._table,
+            scope=scope,
+            local_pass=self._local_pass,
+            distribution=self._distribution,
+            placement=self._placement,
+            batch_dim=batch_dim,
+            prefer=prefer,
+            # A wrapper that the engine was told not to see still does its part of a backward.
+            sees_wrappers=distribution is None or all(unwrap(m) is m for m in given),
         )
         self._accumulation: Accumulation | None = None
         self._prefer = prefer
@@ -262,13 +258,14 @@ class Engine:
         """
         joint: JointOutput | None = None
 
-        def local() -> _Local:
+        def local() -> Contribution:
             nonlocal joint
-            joint = JointOutput.of(first, second, self._layout_of(first), self._layout_of(second))
-            return self._local_pair(joint, counts)
+            layouts = [self._contributor.layout_of(output) for output in (first, second)]
+            joint = JointOutput.of(first, second, *layouts)
+            return self._contributor.of_pair(joint, counts)
 
         layout, blocks, infos = self._agree(
-            "Engine.cross_gramian", local, passes=not self._by_passes
+            "Engine.cross_gramian", local, passes=not self._contributor.by_passes
         )
         assert joint is not None
         parts = global_pass.gramian(
@@ -445,12 +442,12 @@ class Engine:
         """The step of all accumulated batches; what failed before fails on every rank."""
         joined: Joined | None = None
 
-        def local() -> _Local:
+        def local() -> Contribution:
             nonlocal joined
             if error is not None:
                 raise error
             joined = accumulation.joined(self._placement)
-            return self._local_joined(joined)
+            return self._contributor.of_joined(joined)
 
         layout, blocks, _ = self._agree("Engine.accumulate", local, passes=False)
         assert joined is not None
@@ -473,11 +470,11 @@ class Engine:
         scale: float | Tensor | None,
     ) -> Tensor:
         assert self._accumulation is not None
-        layout = self._layout_of(output)
+        layout = self._contributor.layout_of(output)
         self._check_modules()
         with self._distribution.first_pass():
             blocks = self._local_pass.blocks(output, layout)
-        counts = self._rows_of_count(count, layout)
+        counts = self._contributor.rows_of_count(count, layout)
         batch = MicroBatch(output, layout, blocks, counts, self._local_pass.samples)
         self._accumulation.add(batch, weighting, None if scale is None else float(scale))
         return output.new_empty(0)
@@ -533,28 +530,23 @@ class Engine:
             retain_graph: Whether to keep the graph even so.
         """
 
-        def local() -> _Local:
-            return self._local(output, count, weights, step, retain_graph)
+        def local() -> Contribution:
+            return self._contributor.of_output(output, count, weights, step, retain_graph)
 
-        passes = weights is None and not self._by_passes
+        passes = weights is None and not self._contributor.by_passes
         layout, blocks, _ = self._agree(call, local, passes=passes)
-        if weights is None and self._by_passes:
+        if weights is None and self._contributor.by_passes:
             assert isinstance(self._distribution, FullyShard)
             factor = self._distribution.backward_factor(self._placement)
             layout, blocks = row_blocks(self._distribution, layout, output, self._table, factor)
         return layout, blocks
 
-    @property
-    def _by_passes(self) -> bool:
-        """Whether rows come reduced, from one backward of all ranks for each objective."""
-        return isinstance(self._distribution, FullyShard) and not is_sharded(self._placement)
-
     def _agree(
-        self, call: str, find_local: Callable[[], _Local], *, passes: bool
+        self, call: str, find_local: Callable[[], Contribution], *, passes: bool
     ) -> tuple[GlobalLayout, Blocks, list[dict[str, Any]]]:
         """The layout that follows from what all ranks found, and what every rank told."""
         error: Exception | None = None
-        local = _Local()
+        local = Contribution()
         # Outside of the attempt: every rank has to enter, whatever it runs into inside.
         with self._distribution.first_pass() if passes else nullcontext():
             try:
@@ -570,109 +562,6 @@ class Engine:
         rank = self._distribution.group.rank
         layout = GlobalLayout.of(local.layout, infos, rank, self._placement)
         return layout, local.blocks, infos
-
-    def _local(
-        self,
-        output: Tensor,
-        count: Count | None,
-        weights: Tensor | None,
-        step: bool,
-        retain_graph: bool,
-    ) -> _Local:
-        """What this rank finds for its part of one output."""
-        layout = self._layout_of(output)
-        counts = self._rows_of_count(count, layout)
-        local = self._described(layout, [output], [layout], counts is not None)
-        if weights is not None:
-            local.agree["shape of the weights"] = list(weights.shape)
-        elif self._by_passes:
-            assert isinstance(self._distribution, FullyShard)
-            self._distribution.check_takes_passes()
-            local.agree["parameters reached"] = self._local_pass.reached(output)
-            local.blocks = [None] * len(self._table.entries)
-        else:
-            trainable = self._table.trainable
-            taken = step and self._sees_wrappers
-            taken = taken and self._distribution.takes_gradients({e.parameter for e in trainable})
-            local.agree["whether gradients are handed over"] = taken
-            taken = taken and no_hooks(trainable, self._scope)
-            free = taken and not retain_graph and counts is None
-            local.blocks = self._local_pass.blocks(
-                output, layout, keep=taken and retain_graph, free=free
-            )
-            if taken and self._local_pass.accounted:
-                rows = self._local_pass.freed or (retain_graph and counts is None)
-                local.books = Books.ROWS if rows else Books.GRADIENTS
-        local.info = global_pass.to_tell(local.blocks, layout, counts, self._local_pass.samples)
-        local.info["books"] = [int(local.books), int(self._local_pass.freed)]
-        return local
-
-    def _local_pair(self, joint: JointOutput, counts: tuple[Count, Count] | None) -> _Local:
-        """What this rank finds for two outputs, as one vector of objectives."""
-        layout = OutputLayout.of(joint.output, None)
-        known: list[float] | None = None if counts is None else []
-        for part, count in zip((joint.first, joint.second), counts or (), strict=False):
-            known = (known or []) + (self._rows_of_count(count, part) or [])
-        parts = (joint.first, joint.second)
-        if self._by_passes:
-            raise UnsupportedModelError(
-                "Found Engine.cross_gramian of tasks with fully_shard; expected another wrapper. "
-                "Take both batches' rows by jddist.autojac.jac, and multiply their local shards."
-            )
-        local = self._described(layout, joint.outputs, parts, counts is not None)
-        blocks = [
-            self._local_pass.blocks(output, part)
-            for output, part in zip(joint.outputs, parts, strict=True)
-        ]
-        local.blocks = stack_blocks(blocks, [part.num_rows for part in parts])
-        local.info = global_pass.to_tell(local.blocks, layout, known, self._local_pass.samples)
-        local.info |= {"books": [int(Books.NO), 0], "both": [part.size for part in parts]}
-        return local
-
-    def _local_joined(self, joined: Joined) -> _Local:
-        """What this rank found for several batches."""
-        layout = joined.layout
-        local = self._described(layout, [joined.output], [layout], joined.count is not None)
-        local.blocks = joined.blocks
-        local.info = global_pass.to_tell(joined.blocks, layout, joined.count, joined.samples)
-        local.info["books"] = [int(Books.NO), 0]
-        return local
-
-    def _described(
-        self,
-        layout: OutputLayout,
-        outputs: Sequence[Tensor],
-        layouts: Sequence[OutputLayout],
-        has_count: bool,
-    ) -> _Local:
-        agree = global_pass.must_agree(self._table, outputs, layouts, self._placement, has_count)
-        agree["prefer"] = self._prefer
-        return _Local(layout, outputs[0].dtype, agree=agree)
-
-    def _layout_of(self, output: Tensor) -> OutputLayout:
-        """The layout of an output that can be differentiated, else ValueError."""
-        layout = OutputLayout.of(output, self._batch_dim)
-        self._check_output(output)
-        return layout
-
-    def _check_output(self, output: Tensor) -> None:
-        sharded = is_sharded(self._placement)
-        if sharded and output.ndim == 0 and self._distribution.group.size > 1:
-            raise ValueError(
-                "Found a scalar output with objectives=Shard(0); expected a dimension along "
-                "which the ranks' objectives are concatenated."
-            )
-        if not output.requires_grad:
-            raise ValueError(
-                "Found an output that does not require a gradient; expected objectives with a "
-                "graph. A rank without samples passes losses[:0] of any dummy sample."
-            )
-
-    def _rows_of_count(self, count: Count | None, layout: OutputLayout) -> list[float] | None:
-        counts = checked_count(count, layout.num_rows, self._placement)
-        if counts is None:
-            return None
-        return layout.rows_of(torch.tensor(counts).view(layout.shape)).tolist()
 
     def _warn_if_uneven(self, infos: list[dict[str, Any]]) -> None:
         samples = [info["samples"] for info in infos]
