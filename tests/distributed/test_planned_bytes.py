@@ -54,7 +54,7 @@ EXPECTED: dict[tuple[str, int], list[tuple[Any, ...]]] = {
 
 
 def _on_ranks(rank: int, world_size: int, name: str) -> dict[str, Any]:
-    engine = Engine(ddp := wrap(make(name)), batch_dim=0)
+    engine = Engine(ddp := wrap(make(name)), batch_dim=0, prefer="bytes")
     x = inputs(name, EACH * world_size).split(EACH)[rank]
     losses = ddp(x).square().sum(1)
     with spying(rank, world_size) as log:
