@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 
 from ._columns import UsesSettings
@@ -35,6 +36,8 @@ class CRMOGMWeighting(Weighting[_Stat_contra], UsesSettings, Remembers):
 
     settings: ClassVar[tuple[str, ...]] = ("alpha", "initial_weights")
 
+    alpha = Checked[float](lambda value: 0.0 <= value <= 1.0, "between 0 and 1")
+
     def __init__(
         self,
         weighting: Weighting[_Stat_contra],
@@ -46,17 +49,6 @@ class CRMOGMWeighting(Weighting[_Stat_contra], UsesSettings, Remembers):
         self.alpha = alpha
         self.initial_weights = initial_weights
         self._memory = {}
-
-    @property
-    def alpha(self) -> float:
-        """Share of the weights of the call before."""
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"alpha must be between 0 and 1. Found alpha={value!r}.")
-        self._alpha = value
 
     @property
     def acts_on_columns(self) -> bool:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 from jddist.linalg.matrix import Matrix
 
@@ -46,21 +47,12 @@ class DBMTL(Aggregator, NeedsLosses, UsesSettings, Stateful):
     acts_on_columns = True
     settings: ClassVar[tuple[str, ...]] = ("beta",)
 
+    beta = Checked[float](lambda value: 0.0 <= value < 1.0, "from 0 to below 1")
+
     def __init__(self, beta: float = 0.9) -> None:
         super().__init__()
         self.averages = ColumnState()
         self.beta = beta
-
-    @property
-    def beta(self) -> float:
-        """Share of the calls before in the moving average."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"beta must be from 0 to below 1. Found beta={value!r}.")
-        self._beta = value
 
     def reset(self) -> None:
         """Forgets the moving averages."""

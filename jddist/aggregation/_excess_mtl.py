@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 from jddist.linalg.matrix import Matrix
 
@@ -29,6 +30,9 @@ class ExcessRiskWeighting(Weighting[Tensor], Remembers):
 
     differentiable: ClassVar[bool] = False
 
+    robust_step_size = Checked[float](lambda value: value > 0.0, "positive")
+    n_warmup_steps = Checked[int](lambda value: value >= 0, "non-negative")
+
     def __init__(self, robust_step_size: float, n_warmup_steps: int) -> None:
         super().__init__()
         self.robust_step_size = robust_step_size
@@ -50,32 +54,6 @@ class ExcessRiskWeighting(Weighting[Tensor], Remembers):
         super().set_extra_state({name: v for name, v in state.items() if name != "progress"})
         self._steps, has_baseline = state["progress"].tolist()
         self._has_baseline = bool(has_baseline)
-
-    @property
-    def robust_step_size(self) -> float:
-        """Step size of the weights."""
-        return self._robust_step_size
-
-    @robust_step_size.setter
-    def robust_step_size(self, value: float) -> None:
-        if value <= 0.0:
-            raise ValueError(
-                f"robust_step_size must be positive. Found robust_step_size={value!r}."
-            )
-        self._robust_step_size = value
-
-    @property
-    def n_warmup_steps(self) -> int:
-        """Number of calls with equal weights."""
-        return self._n_warmup_steps
-
-    @n_warmup_steps.setter
-    def n_warmup_steps(self, value: int) -> None:
-        if value < 0:
-            raise ValueError(
-                f"n_warmup_steps must be non-negative. Found n_warmup_steps={value!r}."
-            )
-        self._n_warmup_steps = value
 
     def forward(self, risks: Tensor, /) -> Tensor:
         m = len(risks)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import Forwarded, GramianWeightedAggregator
@@ -28,21 +29,14 @@ class FairGradWeighting(GramianWeighting):
 
     differentiable: ClassVar[bool] = False  # The solver runs on numpy arrays.
 
+    alpha = Checked[float](
+        lambda value: value >= 0.0 and isfinite(value), "non-negative and finite"
+    )
+
     def __init__(self, alpha: float, max_iters: int | None = None) -> None:
         super().__init__()
         self.alpha = alpha
         self.max_iters = max_iters
-
-    @property
-    def alpha(self) -> float:
-        """What kind of fairness: 0 for the mean's, 1 for Nash's, more for the weakest's."""
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        if not (value >= 0.0 and isfinite(value)):
-            raise ValueError(f"alpha must be non-negative and finite. Found alpha={value!r}.")
-        self._alpha = value
 
     @property
     def max_iters(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 from jddist.linalg.matrix import PSDMatrix
 
@@ -35,33 +36,14 @@ class GradNormWeighting(GramianWeighting, Remembers, NeedsLosses):
 
     differentiable: ClassVar[bool] = False  # The calls before are not part of the graph.
 
+    alpha = Checked[float](lambda value: value >= 0.0, "non-negative")
+    lr = Checked[float](lambda value: value > 0.0, "positive")
+
     def __init__(self, alpha: float = 1.5, lr: float = 0.025) -> None:
         super().__init__()
         self.alpha = alpha
         self.lr = lr
         self.reset()
-
-    @property
-    def alpha(self) -> float:
-        """Strength of the pull towards a common training rate."""
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        if value < 0.0:
-            raise ValueError(f"alpha must be non-negative. Found alpha={value!r}.")
-        self._alpha = value
-
-    @property
-    def lr(self) -> float:
-        """Step size of the weights."""
-        return self._lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        if value <= 0.0:
-            raise ValueError(f"lr must be positive. Found lr={value!r}.")
-        self._lr = value
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Takes over what another instance remembers; losses of a call to come are dropped."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 from jddist.linalg.matrix import PSDMatrix
 
@@ -33,33 +34,14 @@ class GradVacWeighting(GramianWeighting, Stateful):
 
     differentiable: ClassVar[bool] = False  # The loop runs on numpy arrays.
 
+    beta = Checked[float](lambda value: 0.0 <= value <= 1.0, "between 0 and 1")
+    eps = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
         super().__init__()
         self.beta = beta
         self.eps = eps
         self._targets: Array = np.zeros((0, 0))
-
-    @property
-    def beta(self) -> float:
-        """Share of the new similarities in the moving average."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"beta must be between 0 and 1. Found beta={value!r}.")
-        self._beta = value
-
-    @property
-    def eps(self) -> float:
-        """What is added to denominators."""
-        return self._eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        if value < 0.0:
-            raise ValueError(f"eps must be non-negative. Found eps={value!r}.")
-        self._eps = value
 
     def reset(self) -> None:
         """Forgets the targets, so that the next call starts from zero."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import Forwarded, GramianWeightedAggregator
@@ -25,32 +26,13 @@ class KrumWeighting(GramianWeighting):
             n_selected.
     """
 
+    n_byzantine = Checked[int](lambda value: value >= 0, "non-negative")
+    n_selected = Checked[int](lambda value: value >= 1, "positive")
+
     def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
         super().__init__()
         self.n_byzantine = n_byzantine
         self.n_selected = n_selected
-
-    @property
-    def n_byzantine(self) -> int:
-        """Number of rows that may be adversarial."""
-        return self._n_byzantine
-
-    @n_byzantine.setter
-    def n_byzantine(self, value: int) -> None:
-        if value < 0:
-            raise ValueError(f"n_byzantine must be non-negative. Found n_byzantine={value!r}.")
-        self._n_byzantine = value
-
-    @property
-    def n_selected(self) -> int:
-        """Number of rows to average."""
-        return self._n_selected
-
-    @n_selected.setter
-    def n_selected(self, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"n_selected must be positive. Found n_selected={value!r}.")
-        self._n_selected = value
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         m = gramian.shape[0]

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import Forwarded, GramianWeightedAggregator
@@ -27,32 +28,13 @@ class MGDAWeighting(GramianWeighting):
 
     differentiable: ClassVar[bool] = False  # The loop runs on numpy arrays.
 
+    epsilon = Checked[float](lambda value: value > 0.0, "positive")
+    max_iters = Checked[int](lambda value: value > 0, "positive")
+
     def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.max_iters = max_iters
-
-    @property
-    def epsilon(self) -> float:
-        """Step size below which the optimization stops."""
-        return self._epsilon
-
-    @epsilon.setter
-    def epsilon(self, value: float) -> None:
-        if value <= 0.0:
-            raise ValueError(f"epsilon must be positive. Found epsilon={value!r}.")
-        self._epsilon = value
-
-    @property
-    def max_iters(self) -> int:
-        """Greatest number of steps."""
-        return self._max_iters
-
-    @max_iters.setter
-    def max_iters(self, value: int) -> None:
-        if value <= 0:
-            raise ValueError(f"max_iters must be positive. Found max_iters={value!r}.")
-        self._max_iters = value
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         """Frank-Wolfe with exact line search, Algorithm 2 of arXiv:1810.04650."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 from jddist.linalg.gramian import compute_gramian
 from jddist.linalg.matrix import Matrix
@@ -49,22 +50,13 @@ class MoCo(Aggregator, UsesSettings, Stateful):
     gamma = Forwarded[float, float]("weighting")
     rho = Forwarded[float, float]("weighting")
 
+    beta = Checked[float](lambda value: 0.0 < value <= 1.0, "above 0 and at most 1")
+
     def __init__(self, beta: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> None:
         super().__init__()
         self.weighting = MoDoWeighting(gamma, rho)  # One step of the same recursion, on Y Y^T.
         self.tracked = ColumnState()
         self.beta = beta
-
-    @property
-    def beta(self) -> float:
-        """Step size of the tracking."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        if not 0.0 < value <= 1.0:
-            raise ValueError(f"beta must be above 0 and at most 1. Found beta={value!r}.")
-        self._beta = value
 
     def reset(self) -> None:
         """Forgets the tracked gradients and the weights."""

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist.linalg.matrix import Matrix
 
 from ._memory import Remembers
@@ -36,33 +37,14 @@ class MoDoWeighting(Weighting[Matrix], Remembers):
 
     differentiable: ClassVar[bool] = False  # The steps before are not part of the graph.
 
+    gamma = Checked[float](lambda value: value > 0.0, "positive")
+    rho = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(self, gamma: float = 0.1, rho: float = 0.1) -> None:
         super().__init__()
         self.gamma = gamma
         self.rho = rho
         self.reset()
-
-    @property
-    def gamma(self) -> float:
-        """Step size."""
-        return self._gamma
-
-    @gamma.setter
-    def gamma(self, value: float) -> None:
-        if value <= 0.0:
-            raise ValueError(f"gamma must be positive. Found gamma={value!r}.")
-        self._gamma = value
-
-    @property
-    def rho(self) -> float:
-        """Regularization towards equal weights."""
-        return self._rho
-
-    @rho.setter
-    def rho(self, value: float) -> None:
-        if value < 0.0:
-            raise ValueError(f"rho must be non-negative. Found rho={value!r}.")
-        self._rho = value
 
     def forward(self, matrix: Matrix, /) -> Tensor:
         m = check_two_batches(matrix, self)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 from jddist.linalg.matrix import PSDMatrix
 
@@ -34,6 +35,8 @@ class NashMTLWeighting(GramianWeighting, Stateful):
 
     differentiable: ClassVar[bool] = False  # The solver runs on numpy arrays.
 
+    max_norm = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(
         self,
         n_tasks: int,
@@ -56,17 +59,6 @@ class NashMTLWeighting(GramianWeighting, Stateful):
     @n_tasks.setter
     def n_tasks(self, value: int) -> None:
         self._n_tasks = _positive("n_tasks", value)
-
-    @property
-    def max_norm(self) -> float:
-        """Greatest length of the combination of the rows; 0 means any."""
-        return self._max_norm
-
-    @max_norm.setter
-    def max_norm(self, value: float) -> None:
-        if not value >= 0.0:
-            raise ValueError(f"max_norm must be non-negative. Found max_norm={value!r}.")
-        self._max_norm = value
 
     @property
     def update_weights_every(self) -> int:

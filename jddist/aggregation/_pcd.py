@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 from jddist.linalg.matrix import PSDMatrix
 
@@ -39,6 +40,9 @@ class PCDWeighting(GramianWeighting, Stateful):
 
     differentiable: ClassVar[bool] = False  # The solver runs on numpy arrays.
 
+    beta = Checked[float](lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
+    eps = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(self, tau: float | Tensor = 0.02, beta: float = 0.999, eps: float = 1e-8) -> None:
         super().__init__()
         self.tau = tau
@@ -61,28 +65,6 @@ class PCDWeighting(GramianWeighting, Stateful):
         if not bool(torch.as_tensor((value >= 0.0) & (value <= 1.0)).all()):
             raise ValueError(f"tau must be between 0 and 1. Found tau={value!r}.")
         self._tau = value
-
-    @property
-    def beta(self) -> float:
-        """Decay of the moving average."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"beta must be at least 0 and below 1. Found beta={value!r}.")
-        self._beta = value
-
-    @property
-    def eps(self) -> float:
-        """What is added to the moving average."""
-        return self._eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        if not value >= 0.0:
-            raise ValueError(f"eps must be non-negative. Found eps={value!r}.")
-        self._eps = value
 
     def reset(self) -> None:
         """Forgets the moving average."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist.linalg.matrix import Matrix
 
 from ._memory import Remembers
@@ -45,6 +46,11 @@ class SDMGradWeighting(HasPreference, Weighting[Matrix], Remembers):
 
     differentiable: ClassVar[bool] = False  # The steps before are not part of the graph.
 
+    lr = Checked[float](lambda value: value > 0.0, "positive")
+    momentum = Checked[float](lambda value: 0.0 <= value < 1.0, "from 0 to below 1")
+    n_iter = Checked[int](lambda value: value >= 1, "at least 1")
+    lambda_ = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(
         self,
         lr: float = 10.0,
@@ -60,50 +66,6 @@ class SDMGradWeighting(HasPreference, Weighting[Matrix], Remembers):
         self.lambda_ = lambda_
         self.pref_vector = pref_vector
         self.reset()
-
-    @property
-    def lr(self) -> float:
-        """Step size."""
-        return self._lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        if value <= 0.0:
-            raise ValueError(f"lr must be positive. Found lr={value!r}.")
-        self._lr = value
-
-    @property
-    def momentum(self) -> float:
-        """Share of the step before."""
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, value: float) -> None:
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"momentum must be from 0 to below 1. Found momentum={value!r}.")
-        self._momentum = value
-
-    @property
-    def n_iter(self) -> int:
-        """Number of steps per call."""
-        return self._n_iter
-
-    @n_iter.setter
-    def n_iter(self, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"n_iter must be at least 1. Found n_iter={value!r}.")
-        self._n_iter = value
-
-    @property
-    def lambda_(self) -> float:
-        """Strength of the pull."""
-        return self._lambda
-
-    @lambda_.setter
-    def lambda_(self, value: float) -> None:
-        if value < 0.0:
-            raise ValueError(f"lambda_ must be non-negative. Found lambda_={value!r}.")
-        self._lambda = value
 
     def forward(self, matrix: Matrix, /) -> Tensor:
         m = check_two_batches(matrix, self)

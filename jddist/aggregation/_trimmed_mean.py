@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist.linalg.matrix import Matrix
 
 from ._bases import Aggregator
@@ -29,20 +30,11 @@ class TrimmedMean(Aggregator, UsesSettings):
     columnwise: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...]] = ("trim_number",)
 
+    trim_number = Checked[int](lambda value: value >= 0, "non-negative")
+
     def __init__(self, trim_number: int) -> None:
         super().__init__()
         self.trim_number = trim_number
-
-    @property
-    def trim_number(self) -> int:
-        """How many values are left out at either end of each column."""
-        return self._trim_number
-
-    @trim_number.setter
-    def trim_number(self, value: int) -> None:
-        if value < 0:
-            raise ValueError(f"trim_number must be non-negative. Found trim_number={value!r}.")
-        self._trim_number = value
 
     def forward(self, matrix: Matrix, /) -> Tensor:
         m, needed = matrix.shape[0], 2 * self.trim_number + 1
