@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import Forwarded, GramianWeightedAggregator
@@ -32,28 +33,13 @@ class CAGradWeighting(GramianWeighting):
 
     differentiable: ClassVar[bool] = False  # The solver runs on numpy arrays.
 
+    c = Checked[float](lambda value: value >= 0.0, "non-negative")
+    norm_eps = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(self, c: float, norm_eps: float = 1e-4) -> None:
         super().__init__()
         self.c = c
         self.norm_eps = norm_eps
-
-    @property
-    def c(self) -> float:
-        """Radius of the ball around the mean, relative to the mean's length."""
-        return self._c
-
-    @c.setter
-    def c(self, value: float) -> None:
-        self._c = _non_negative("c", value)
-
-    @property
-    def norm_eps(self) -> float:
-        """Trace and length that count as 0."""
-        return self._norm_eps
-
-    @norm_eps.setter
-    def norm_eps(self, value: float) -> None:
-        self._norm_eps = _non_negative("norm_eps", value)
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         matrix = to_host_in_double(gramian)
@@ -85,12 +71,6 @@ def _square_root(cosines: Array, rounding: float) -> Array:
     values, vectors = np.linalg.eigh(cosines)
     kept = values > rounding * values[-1]
     return vectors[:, kept] * np.sqrt(values[kept])
-
-
-def _non_negative(name: str, value: float) -> float:
-    if not value >= 0.0:
-        raise ValueError(f"{name} must be non-negative. Found {name}={value!r}.")
-    return value
 
 
 class CAGrad(GramianWeightedAggregator):

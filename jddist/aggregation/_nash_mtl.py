@@ -37,6 +37,10 @@ class NashMTLWeighting(GramianWeighting, Stateful):
 
     max_norm = Checked[float](lambda value: value >= 0.0, "non-negative")
 
+    n_tasks = Checked[int](lambda value: value > 0, "positive")
+    update_weights_every = Checked[int](lambda value: value > 0, "positive")
+    optim_niter = Checked[int](lambda value: value > 0, "positive")
+
     def __init__(
         self,
         n_tasks: int,
@@ -50,33 +54,6 @@ class NashMTLWeighting(GramianWeighting, Stateful):
         self.update_weights_every = update_weights_every
         self.optim_niter = optim_niter
         self.reset()
-
-    @property
-    def n_tasks(self) -> int:
-        """Number of objectives."""
-        return self._n_tasks
-
-    @n_tasks.setter
-    def n_tasks(self, value: int) -> None:
-        self._n_tasks = _positive("n_tasks", value)
-
-    @property
-    def update_weights_every(self) -> int:
-        """Number of calls that one solution serves."""
-        return self._update_weights_every
-
-    @update_weights_every.setter
-    def update_weights_every(self, value: int) -> None:
-        self._update_weights_every = _positive("update_weights_every", value)
-
-    @property
-    def optim_niter(self) -> int:
-        """Greatest number of Newton steps."""
-        return self._optim_niter
-
-    @optim_niter.setter
-    def optim_niter(self, value: int) -> None:
-        self._optim_niter = _positive("optim_niter", value)
 
     def reset(self) -> None:
         """Forgets the weights and the number of calls."""
@@ -114,12 +91,6 @@ class NashMTLWeighting(GramianWeighting, Stateful):
         if 0.0 < self.max_norm < norm:
             weights = weights * (self.max_norm / norm)
         return from_double(weights, gramian)
-
-
-def _positive(name: str, value: int) -> int:
-    if value <= 0:
-        raise ValueError(f"{name} must be positive. Found {name}={value!r}.")
-    return value
 
 
 class NashMTL(GramianWeightedAggregator, Stateful):

@@ -12,6 +12,8 @@ import quadprog
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
+
 from .matrix import PSDMatrix, is_psd_matrix
 
 NOT_FINITE = "the Gramian or the vectors hold NaN or infinite values"
@@ -76,28 +78,13 @@ class RegularizedProjector(DualConeProjector):
         below_norm_eps: Number of calls whose G had a positive trace below `norm_eps`.
     """
 
+    norm_eps = Checked[float](lambda value: value >= 0.0, "non-negative")
+    reg_eps = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(self, *, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> None:
         self.norm_eps = norm_eps
         self.reg_eps = reg_eps
         self.below_norm_eps = 0
-
-    @property
-    def norm_eps(self) -> float:
-        """Trace below which the Gramian counts as zero."""
-        return self._norm_eps
-
-    @norm_eps.setter
-    def norm_eps(self, value: float) -> None:
-        self._norm_eps = _non_negative("norm_eps", value)
-
-    @property
-    def reg_eps(self) -> float:
-        """What is added to the diagonal of the normalized Gramian."""
-        return self._reg_eps
-
-    @reg_eps.setter
-    def reg_eps(self, value: float) -> None:
-        self._reg_eps = _non_negative("reg_eps", value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(norm_eps={self.norm_eps}, reg_eps={self.reg_eps})"
@@ -209,9 +196,3 @@ def _inverse_root(gramian: _Array) -> _Array:
     except np.linalg.LinAlgError:
         raise Unsolvable(NOT_POSITIVE_DEFINITE) from None
     return np.ascontiguousarray(np.linalg.inv(factor).T)
-
-
-def _non_negative(name: str, value: float) -> float:
-    if value < 0.0:
-        raise ValueError(f"{name} must be non-negative. Found {name}={value!r}.")
-    return value

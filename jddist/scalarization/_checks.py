@@ -8,20 +8,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def positive(name: str, value: float) -> float:
-    """The value, or a ValueError unless it is positive."""
-    if not value > 0.0:
-        raise ValueError(f"{name} must be positive. Found {name}={value!r}.")
-    return value
-
-
-def non_negative(name: str, value: float) -> float:
-    """The value, or a ValueError unless it is zero or positive."""
-    if not value >= 0.0:
-        raise ValueError(f"{name} must be non-negative. Found {name}={value!r}.")
-    return value
-
-
 def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple, n meaning (n,); a ValueError if a size is negative."""
     sizes = (shape,) if isinstance(shape, int) else tuple(operator.index(size) for size in shape)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from jddist._checked import Checked
+
 from ._bases import Scalarizer
-from ._checks import check_same_shape, non_negative
+from ._checks import check_same_shape
 
 
 class COSMOS(Scalarizer):
@@ -26,19 +28,12 @@ class COSMOS(Scalarizer):
             weights.
     """
 
+    lambda_ = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(self, lambda_: float, weights: Tensor) -> None:
         super().__init__()
         self.lambda_ = lambda_
         self.weights = weights
-
-    @property
-    def lambda_(self) -> float:
-        """Reward of similarity."""
-        return self._lambda
-
-    @lambda_.setter
-    def lambda_(self, value: float) -> None:
-        self._lambda = non_negative("lambda_", value)
 
     def forward(self, values: Tensor, /) -> Tensor:
         check_same_shape("weights", self.weights, values)

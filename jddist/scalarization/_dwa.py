@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 
 from ._bases import Scalarizer
-from ._checks import positive
 from ._state import from_list, to_list
 
 
@@ -37,19 +37,12 @@ class DWA(Scalarizer, Stateful):
             than those remembered.
     """
 
+    temperature = Checked[float](lambda value: value > 0, "positive")
+
     def __init__(self, temperature: float = 2.0) -> None:
         super().__init__()
         self.temperature = temperature
         self.reset()
-
-    @property
-    def temperature(self) -> float:
-        """The larger, the more equal the weights."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._temperature = positive("temperature", value)
 
     def reset(self) -> None:
         """Forgets all epochs."""

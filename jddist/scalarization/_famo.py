@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jddist._checked import Checked
 from jddist._stateful import Stateful
 
 from ._bases import Scalarizer
-from ._checks import as_shape, check_same_shape, non_negative
+from ._checks import as_shape, check_same_shape
 from ._state import from_list, to_list
 
 _EPSILON = 1e-8  # Added to values above their bounds, so that a value at its bound has a logarithm.
@@ -54,6 +55,9 @@ class FAMO(Scalarizer, Stateful):
     _mean: Tensor
     _square: Tensor
 
+    lr = Checked[float](lambda value: value >= 0.0, "non-negative")
+    weight_decay = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(
         self,
         shape: int | Sequence[int],
@@ -76,24 +80,6 @@ class FAMO(Scalarizer, Stateful):
     def shape(self) -> tuple[int, ...]:
         """Shape of the values."""
         return tuple(self._w.shape)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the logits."""
-        return self._lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self._lr = non_negative("lr", value)
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay of the logits."""
-        return self._weight_decay
-
-    @weight_decay.setter
-    def weight_decay(self, value: float) -> None:
-        self._weight_decay = non_negative("weight_decay", value)
 
     def reset(self) -> None:
         """Forgets the logits, Adam's state and the values of the last call."""

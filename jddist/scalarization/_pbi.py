@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from jddist._checked import Checked
+
 from ._bases import Scalarizer
-from ._checks import check_same_shape, non_negative
+from ._checks import check_same_shape
 
 _EPSILON = 1e-12  # Under the root, whose gradient is undefined on the direction itself.
 
@@ -29,20 +31,13 @@ class PBI(Scalarizer):
             another shape than the weights or the reference.
     """
 
+    theta = Checked[float](lambda value: value >= 0.0, "non-negative")
+
     def __init__(self, theta: float, weights: Tensor, reference: Tensor | None = None) -> None:
         super().__init__()
         self.theta = theta
         self.weights = weights
         self.reference = reference
-
-    @property
-    def theta(self) -> float:
-        """Penalty on the distance from the direction."""
-        return self._theta
-
-    @theta.setter
-    def theta(self, value: float) -> None:
-        self._theta = non_negative("theta", value)
 
     @property
     def weights(self) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from jddist._checked import Checked
+
 from ._bases import Scalarizer
-from ._checks import check_same_shape, positive
+from ._checks import check_same_shape
 
 
 class STCH(Scalarizer):
@@ -26,6 +28,8 @@ class STCH(Scalarizer):
             weights or the reference.
     """
 
+    mu = Checked[float](lambda value: value > 0, "positive")
+
     def __init__(
         self, mu: float, weights: Tensor | None = None, reference: Tensor | None = None
     ) -> None:
@@ -33,15 +37,6 @@ class STCH(Scalarizer):
         self.mu = mu
         self.weights = weights
         self.reference = reference
-
-    @property
-    def mu(self) -> float:
-        """Smoothing."""
-        return self._mu
-
-    @mu.setter
-    def mu(self, value: float) -> None:
-        self._mu = positive("mu", value)
 
     def forward(self, values: Tensor, /) -> Tensor:
         check_same_shape("weights", self.weights, values)
