@@ -6,10 +6,11 @@ jddist, or be clever.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def jacobian(output: Tensor, params: Iterable[Tensor]) -> Tensor:
@@ -74,6 +75,38 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     scale = float(expected.double().norm())
     difference = float((found.double() - expected.double()).norm())
     return difference / scale if scale > 0 else difference
+
+
+def rows_of_factors(model: nn.Module, inputs: Tensor, losses: Callable[[Tensor], Tensor]) -> Tensor:
+    """The Jacobian of one loss per sample in float64, from factors in the model's own precision.
+
+    Every layer's inputs and output gradients are taken as the network computes them, and only what
+    follows is done in float64: so a difference from the engine's Gramian is the engine's rounding.
+
+    Args:
+        model: Layers that are called once, with one input each.
+        inputs: [b, ...].
+        losses: From the model's output to [b].
+
+    Returns:
+        [b, n], layer by layer.
+    """
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    handles = [
+        layer.register_forward_hook(lambda m, args, out: calls.append((m, args[0].detach(), out)))
+        for layer in layers
+    ]
+    objective = losses(model(inputs)).sum()
+    for handle in handles:
+        handle.remove()
+    grads = torch.autograd.grad(objective, [out for _, _, out in calls])
+    pieces = []
+    for (layer, a, _), g in zip(calls, grads, strict=True):
+        twin = copy.deepcopy(layer).double()
+        output = twin(a.double() if a.is_floating_point() else a)
+        pieces.append(jacobian((output * g.double()).flatten(1).sum(1), twin.parameters()))
+    return torch.cat(pieces, dim=1)
 
 
 def _gradients(element: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -6,7 +6,6 @@ would measure the rounding of the forward, which is not the engine's.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jddist.autogram import Engine
-from tests._oracle import gramian, jacobian, relative_error
+from tests._oracle import gramian, jacobian, relative_error, rows_of_factors
 from tests.benchmark import models
 from tests.cases import CASES
 from tests.unit.autogram._common import Offset, losses_of, slow_way
@@ -67,27 +66,6 @@ def test_the_gramian_is_that_of_the_factors(dtype: torch.dtype, bound: float) ->
     assert relative_error(found, _gramian_of_factors(model, x)) <= bound
 
 
-def _rows_of_factors(model: nn.Module, x: Tensor, losses: Callable[[Tensor], Tensor]) -> Tensor:
-    """Every layer's rows in float64, from its inputs and output gradients as they are: [b, n]."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-    handles = [
-        layer.register_forward_hook(lambda m, args, out: calls.append((m, args[0].detach(), out)))
-        for layer in layers
-    ]
-    objective = losses(model(x)).sum()
-    for handle in handles:
-        handle.remove()
-    grads = torch.autograd.grad(objective, [out for _, _, out in calls])
-    pieces = []
-    for (layer, a, _), g in zip(calls, grads, strict=True):
-        twin = copy.deepcopy(layer).double()
-        output = twin(a.double() if a.is_floating_point() else a)
-        rows = jacobian((output * g.double()).flatten(1).sum(1), twin.parameters())
-        pieces.append(rows)
-    return torch.cat(pieces, dim=1)
-
-
 _REDUCED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "mlp": (lambda: models.mlp(256, 196), models.vectors(196)),
     "cnn": (lambda: models.cnn(16, 16), models.images(16)),
@@ -95,20 +73,30 @@ _REDUCED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("budget", [0, 1 << 28], ids=["small_tiles", "large_tiles"])
 @pytest.mark.parametrize("name", _REDUCED)
-def test_the_benchmarks_models_in_float32(name: str, budget: int) -> None:
+def test_the_benchmarks_models(name: str, budget: int, precision: str) -> None:
     make, inputs = _REDUCED[name]
     torch.manual_seed(4)
     model, x = make(), inputs(24)
+    if precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+        x = x.to(torch.bfloat16) if x.is_floating_point() else x
     targets = torch.randint(10, (24,))
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast")
 
     def losses(output: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(output, targets, reduction="none")
+        return nn.functional.cross_entropy(output.float(), targets, reduction="none")
 
     engine = Engine(model, batch_dim=0, memory_budget=budget)
-    found = engine.compute_gramian(losses(model(x))).double()
-    rows = _rows_of_factors(model, x, losses)
+    with autocast:
+        output = model(x)
+        assert output.dtype == (torch.float32 if precision == "float32" else torch.bfloat16)
+        rows = rows_of_factors(model, x, losses)
+    found = engine.compute_gramian(losses(output))
+    assert found.dtype == torch.float32
+    found = found.double()
     norms = rows.norm(dim=1)
     error = ((found - rows @ rows.T).abs() / norms.outer(norms)).max()
     # float32 products and sums of up to some thousand terms, added up in float64: 6e-8 a few
