@@ -166,3 +166,48 @@ def test_rounding_is_not_taken_for_a_wrong_attribution(dtype: torch.dtype) -> No
         with slow_way(case.announced):
             gramian_found = engine.compute_gramian(case.losses(model, batch))
         assert torch.isfinite(gramian_found).all(), case.name
+
+
+def _normed(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """A norm whose output is averaged over many positions: its bias gets many equal terms."""
+    torch.manual_seed(4)
+    return nn.LayerNorm(32).to(dtype), torch.randn(16, 256, 32).to(dtype)
+
+
+def test_sums_in_narrow_precision_are_not_taken_for_a_wrong_attribution() -> None:
+    """torch adds up the gradient of a bf16 LayerNorm's bias in bf16, 20 % off; the rows are not."""
+    norm, x = _normed(torch.bfloat16)
+    targets = torch.randn(16, 32)
+
+    def losses(output: Tensor) -> Tensor:
+        return (output.float().mean(1) * targets).sum(1)
+
+    # The premise: otherwise this test shows nothing.
+    (summed,) = torch.autograd.grad(losses(norm(x)) @ torch.ones(16), [norm.bias])
+    assert relative_error(summed, targets.sum(0)) > 0.1
+    found = Engine(norm, batch_dim=0).compute_gramian(losses(norm(x)))
+    rows = rows_of_factors(norm, x, losses)
+    assert relative_error(found, rows @ rows.T) <= 1e-6
+
+
+class _Mixed(nn.Module):
+    """Swaps the samples behind the norm, unseen by the hooks of its only layer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm, _ = _normed(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out.flip(0)
+
+
+def test_mixed_samples_are_noticed_in_narrow_precision() -> None:
+    model, (_, x) = _Mixed(torch.bfloat16), _normed(torch.bfloat16)
+    targets = torch.randn(16, 32)
+    engine = Engine(model, batch_dim=0)
+    losses = (model(x).float().mean(1) * targets).sum(1)
+    with pytest.warns(UserWarning, match="a module mixes the samples"):
+        found = engine.compute_gramian(losses)
+    expected = jacobian(losses, model.parameters()).double()
+    assert relative_error(found, expected @ expected.T) <= 2e-2
