@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jddist._seeded import Seeded
 from jddist.linalg._format import vector_suffix
 from jddist.linalg.matrix import Matrix
 
@@ -22,7 +23,7 @@ def _identity(purity: Tensor) -> Tensor:
     return purity
 
 
-class GradDrop(Aggregator, UsesSettings):
+class GradDrop(Aggregator, Seeded, UsesSettings):
     """Keeps, in each column of the Jacobian, the entries of one randomly chosen sign.
 
     Lines 10 to 15 of Algorithm 1 of "Just Pick a Sign: Optimizing Deep Multitask Models with
@@ -30,27 +31,34 @@ class GradDrop(Aggregator, UsesSettings):
     P = (1 + sum_i J_ij / sum_i |J_ij|) / 2 and a uniform draw U. Its positive entries are kept if
     f(P) > U, its negative ones if f(P) < U; of what is dropped, row i lets the share leak_i pass.
 
-    The draws are one stream `torch.rand(n)` from torch's default generator of the Jacobian's
-    device, drawn 2**20 columns at a time (on a GPU, where one long draw gives other numbers, this
-    is what defines them). Given some columns only, it draws the whole stream and keeps their part:
-    the result does not depend on how the columns are spread, if all shards are seeded alike.
+    The draws are one stream `torch.rand(n)`, drawn 2**20 columns at a time (on a GPU, where one
+    long draw gives other numbers, this is what defines them). Given some columns only, it draws the
+    whole stream and keeps their part: the result does not depend on how the columns are spread, if
+    all shards are seeded alike.
 
     Args:
         f: Applied to the purities, element by element; should increase.
         leak: Shares between 0 and 1, of shape [m]; None means 0 for all rows.
+        generator: What to draw from; None for torch's default generator of the Jacobian's device.
+            Its state is part of `state_dict`, and has to be the same on all ranks.
 
     Raises:
         ValueError: `leak` is not a vector, or at call time its length is not m.
     """
 
     columnwise: ClassVar[bool] = True
-    settings: ClassVar[tuple[str, ...]] = ("leak",)
+    settings: ClassVar[tuple[str, ...]] = ("leak", "generator_digest")
     differentiable = False  # The choice of a sign has no derivative.
 
     def __init__(
-        self, f: Callable[[Tensor], Tensor] = _identity, leak: Tensor | None = None
+        self,
+        f: Callable[[Tensor], Tensor] = _identity,
+        leak: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self.generator = generator
         self.f = f
         self.leak = leak
 
@@ -78,10 +86,13 @@ class GradDrop(Aggregator, UsesSettings):
         start, total = current_columns().span(width)
         if m == 0:
             return matrix.new_zeros(width)
+        device = self.draws_on(matrix.device)
         pieces = [matrix.new_zeros(0)]
         for first in range(0, total, CHUNK):
             last = min(first + CHUNK, total)
-            draws = torch.rand(last - first, dtype=matrix.dtype, device=matrix.device)
+            draws = torch.rand(
+                last - first, generator=self.generator, dtype=matrix.dtype, device=device
+            ).to(matrix.device)
             low, high = max(start, first), min(start + width, last)
             if low < high:
                 columns = matrix[:, low - start : high - start]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jddist._checked import Checked
+from jddist._seeded import Seeded
 from jddist._stateful import Stateful
 from jddist.linalg.matrix import PSDMatrix
 
@@ -17,16 +18,18 @@ from ._host import Array, Indices, from_host, to_host
 from ._weightings import GramianWeighting
 
 
-class GradVacWeighting(GramianWeighting, Stateful):
+class GradVacWeighting(GramianWeighting, Seeded, Stateful):
     """Weights of `GradVac`, from the Gramian [m, m] to [m].
 
     It remembers the targets, a moving average [m, m] of the rows' cosine similarities, across calls
     and in its `state_dict`. They start from zero again after `reset` and when m or the precision
-    changes. Each call draws m times `torch.randperm(m - 1)` from torch's default generator.
+    changes. Each call draws m times `torch.randperm(m - 1)`.
 
     Args:
         beta: Share of the new similarities in the moving average (between 0 and 1).
         eps: Added to denominators (>= 0).
+        generator: What to draw from; None for torch's default generator of the CPU. Its state is
+            part of `state_dict`.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -37,10 +40,17 @@ class GradVacWeighting(GramianWeighting, Stateful):
     beta = Checked[float](lambda value: 0.0 <= value <= 1.0, "between 0 and 1")
     eps = Checked[float](lambda value: value >= 0.0, "non-negative")
 
-    def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
+    def __init__(
+        self,
+        beta: float = 0.5,
+        eps: float = 1e-8,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.beta = beta
         self.eps = eps
+        self.generator = generator
         self._targets: Array = np.zeros((0, 0))
 
     def reset(self) -> None:
@@ -60,7 +70,7 @@ class GradVacWeighting(GramianWeighting, Stateful):
         m = matrix.shape[0]
         if self._targets.shape != matrix.shape or self._targets.dtype != matrix.dtype:
             self._targets = np.zeros_like(matrix)
-        orders = _draw_orders(m)
+        orders = self._draw_orders(m)
         coefficients = np.eye(m, dtype=matrix.dtype)  # Row i is the turned row i in terms of J.
         products = matrix.copy()  # coefficients @ matrix, kept up to date.
         rows = np.arange(m)
@@ -69,6 +79,11 @@ class GradVacWeighting(GramianWeighting, Stateful):
             for k in range(m - 1):
                 self._turn(rows, orders[:, k], matrix, coefficients, products)
         return from_host(coefficients.sum(axis=0), gramian)
+
+    def _draw_orders(self, m: int) -> Indices:
+        """For each row a random order of the other rows, [m, m - 1]."""
+        draws = [self.permutation(max(m - 1, 0)).numpy() for _ in range(m)]
+        return np.array([draw + (draw >= i) for i, draw in enumerate(draws)])
 
     def _turn(
         self, rows: Indices, others: Indices, matrix: Array, coefficients: Array, products: Array
@@ -90,12 +105,6 @@ class GradVacWeighting(GramianWeighting, Stateful):
         products[chosen] += steps[:, None] * matrix[others]
 
 
-def _draw_orders(m: int) -> Indices:
-    """For each row a random order of the other rows, [m, m - 1]."""
-    draws = [torch.randperm(max(m - 1, 0), device="cpu").numpy() for _ in range(m)]
-    return np.array([draw + (draw >= i) for i, draw in enumerate(draws)])
-
-
 def _root(values: Array) -> Array:
     return np.sqrt(np.maximum(values, 0.0))
 
@@ -113,6 +122,7 @@ class GradVac(GramianWeightedAggregator, Stateful):
     Args:
         beta: Share of the new similarities in the moving average (between 0 and 1).
         eps: Added to denominators (>= 0).
+        generator: See `GradVacWeighting`.
 
     Raises:
         ValueError: A parameter is out of its range.
@@ -122,8 +132,14 @@ class GradVac(GramianWeightedAggregator, Stateful):
     beta = Forwarded[float, float]()
     eps = Forwarded[float, float]()
 
-    def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
-        super().__init__(GradVacWeighting(beta, eps))
+    def __init__(
+        self,
+        beta: float = 0.5,
+        eps: float = 1e-8,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(GradVacWeighting(beta, eps, generator=generator))
 
     def reset(self) -> None:
         """Forgets the targets, so that the next call starts from zero."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jddist._seeded import Seeded
 from jddist.linalg.matrix import PSDMatrix
 
 from ._bases import GramianWeightedAggregator
@@ -15,18 +16,26 @@ from ._host import from_host, to_host
 from ._weightings import GramianWeighting
 
 
-class PCGradWeighting(GramianWeighting):
+class PCGradWeighting(GramianWeighting, Seeded):
     """Weights of `PCGrad`, from the Gramian [m, m] to [m].
 
-    Each call draws m times `torch.randperm(m)` from torch's default generator.
+    Each call draws m times `torch.randperm(m)`.
+
+    Args:
+        generator: What to draw from; None for torch's default generator of the CPU. Its state is
+            part of `state_dict`.
     """
 
     differentiable: ClassVar[bool] = False  # The loop runs on numpy arrays.
 
+    def __init__(self, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.generator = generator
+
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         matrix = to_host(gramian)
         m = matrix.shape[0]
-        orders = np.array([torch.randperm(m, device="cpu").tolist() for _ in range(m)], dtype=int)
+        orders = np.array([self.permutation(m).tolist() for _ in range(m)], dtype=int)
         coefficients = np.eye(m, dtype=matrix.dtype)  # Row i is the projected row i in terms of J.
         products = matrix.copy()  # coefficients @ matrix, kept up to date.
         rows = np.arange(m)
@@ -52,9 +61,12 @@ class PCGrad(GramianWeightedAggregator):
     """Projects each row of the Jacobian off the rows it conflicts with, then sums the rows.
 
     Algorithm 1 of "Gradient Surgery for Multi-Task Learning" (arXiv:2001.06782).
+
+    Args:
+        generator: See `PCGradWeighting`.
     """
 
     gramian_weighting: PCGradWeighting
 
-    def __init__(self) -> None:
-        super().__init__(PCGradWeighting())
+    def __init__(self, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(PCGradWeighting(generator=generator))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from jddist._seeded import draws_from_own_generator
 from jddist._stateful import Stateful
 from jddist.errors import RankError
 from jddist.linalg._dealing import is_dealt
@@ -158,7 +159,8 @@ def _apply(payload: bytes, jobs: Sequence[Job], device: torch.device) -> None:
 def _state(weighting: Callable[[Tensor], Tensor]) -> dict[str, Any] | None:
     if not isinstance(weighting, nn.Module):
         return None
-    if not any(isinstance(module, Stateful) for module in weighting.modules()):
+    stateful = any(isinstance(module, Stateful) for module in weighting.modules())
+    if not stateful and not draws_from_own_generator(weighting):
         return None
     return weighting.state_dict()
 
