@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from jddist.autogram import Engine
-from jddist.autogram import engine as engine_module
+from jddist.autogram import step as step_module
 from tests._oracle import jacobian, relative_error
 from tests._ranks import run_ranks
 from tests.distributed._training import LOSSES, flatten, local_part, make_data, make_network, wrap
@@ -41,13 +41,13 @@ class _Count:
 
     def __enter__(self) -> _Count:
         self._patch = pytest.MonkeyPatch()
-        original = engine_module.combined
+        original = step_module.combined
 
         def spied(*args: Any) -> Any:
             self.calls += 1
             return original(*args)
 
-        self._patch.setattr(engine_module, "combined", spied)
+        self._patch.setattr(step_module, "combined", spied)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Partial
 
 from jddist.autogram import Engine
-from jddist.autogram import engine as engine_module
+from jddist.autogram import step as step_module
 from tests._oracle import flat_grad, relative_error, weighted_gradient
 from tests.cases import CASES, Case
 from tests.unit.autogram._common import data, losses_of, small_model
@@ -23,13 +23,13 @@ STEPS = 7  # the engine checks itself, and differentiates, at the 1st, 2nd and 4
 def combined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one entry at each step that combines rows."""
     steps: list[int] = []
-    original = engine_module.combined
+    original = step_module.combined
 
     def spied(*args: Any) -> Any:
         steps.append(len(steps))
         return original(*args)
 
-    monkeypatch.setattr(engine_module, "combined", spied)
+    monkeypatch.setattr(step_module, "combined", spied)
     return steps
 
 

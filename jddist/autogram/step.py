@@ -1,0 +1,162 @@
+"""The later stages of a call: the Gramian of all ranks, its weights, and gradients in ``.grad``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
+from jddist.aggregation._weightings import check_takes_gramians
+from jddist.distribution.exchange import describe
+from jddist.distribution.once import Job
+from jddist.distribution.planning import Plan
+
+from . import global_pass
+from .agreement import Agreed
+from .book_keeping import Books, combined, differentiated
+from .capture import Capture, paused
+from .contribution import Contributor
+from .explanation import Taken
+from .local_pass import Blocks
+
+Weigher = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Step:
+    """What the last Gramian leaves for the weights and gradients that belong to it.
+
+    Attributes:
+        contributor: What found this rank's contribution.
+        capture: The engine's hooks.
+        nonfinite: What to do about objectives that are not finite.
+        tile: Elements of a tile of rows.
+        agreed: What the ranks agreed on, without blocks; None before the first Gramian.
+        taken: What ``explain`` tells of it.
+        skip: Whether the weights are zero because an objective was not finite.
+    """
+
+    contributor: Contributor
+    capture: Capture
+    nonfinite: Literal["raise", "skip"]
+    tile: int
+    agreed: Agreed | None = None
+    taken: Taken | None = None
+    skip: bool = False
+
+    def gramian(
+        self, output: Tensor, agreed: Agreed, scale: float | Tensor | None = None
+    ) -> Tensor:
+        """The generalized Gramian of all ranks' objectives, divided by ``scale`` squared."""
+        layout, table = agreed.layout, self.contributor.table
+        parts = global_pass.gramian(
+            self.contributor.distribution,
+            layout,
+            agreed.blocks,
+            output,
+            table,
+            self.contributor.prefer,
+        )
+        self.agreed, self.skip = agreed.without_blocks(), False
+        self.taken = self._taken(agreed, parts.plan)
+        if not parts.finite and scale is None:
+            error = global_pass.nonfinite_error(layout, parts)
+            if self.nonfinite == "raise":
+                raise error
+            warnings.warn(f"{error} The weights of this step are zero.", stacklevel=3)
+            self.skip = True
+        values = parts.values if scale is None else parts.values / float(scale) ** 2
+        if scale is not None and not parts.finite:
+            values = torch.full_like(values, torch.nan)
+        return layout.whole.generalized(values.to(torch.promote_types(output.dtype, torch.float32)))
+
+    def weights(
+        self, gramian: Tensor, weighting: Weigher, scale: float | Tensor | None = None
+    ) -> Tensor:
+        """The weights from one run on rank 0; NaN where a GradScaler's objectives overflow."""
+        if scale is not None and bool(gramian.isnan().any()):
+            return gramian.new_full(gramian.shape[: gramian.ndim // 2], torch.nan)
+        check_takes_gramians(weighting)
+        plain = isinstance(weighting, Weighting) and not isinstance(weighting, GeneralizedWeighting)
+        if plain and gramian.ndim != 2:
+            raise ValueError(
+                f"Found {type(weighting).__name__} on a generalized Gramian of shape "
+                f"{tuple(gramian.shape)}; expected a matrix or a GeneralizedWeighting. Use "
+                f"{Flattening.__name__}({type(weighting).__name__}(...))."
+            )
+        shape = gramian.shape[: gramian.ndim // 2]
+        if self.skip or gramian.numel() == 0:
+            return gramian.new_zeros(shape)
+        (weights,) = self.contributor.distribution.run_once([Job(weighting, gramian, shape)])
+        return weights
+
+    def local_weights(self, weights: Tensor) -> Tensor:
+        """This rank's part of the global weights, times the wrapper's factor."""
+        if self.agreed is None:
+            raise RuntimeError(
+                "Found no Gramian to which the weights could belong; expected a call of "
+                "compute_gramian (or backward) first."
+            )
+        factor = self.contributor.distribution.backward_factor(self.contributor.placement)
+        local = self.agreed.layout.local_part(weights.detach())
+        return (local * factor).to(self.agreed.dtype)
+
+    def write_gradients(
+        self, output: Tensor, blocks: Blocks, weights: Tensor, *, retain_graph: bool
+    ) -> None:
+        """Adds the weighted gradient to ``.grad``, as the wrapper's own backward would.
+
+        Args:
+            output: This rank's objectives.
+            blocks: Its blocks of rows, from which the gradient comes if that was agreed on.
+            weights: Weights of all objectives.
+            retain_graph: Whether to keep the graph.
+        """
+        if self.skip:
+            self.reduce_accumulated()
+            return
+        local = self.local_weights(weights)
+        agreed, entries = self.agreed, self.contributor.table.trainable
+        assert agreed is not None
+        distribution = self.contributor.distribution
+        # The records live as long as the graph's own tensors.
+        kept = paused() if retain_graph else nullcontext()
+        if agreed.books is Books.NO or weights.numel() == 0:
+            with kept:
+                output.backward(local, retain_graph=retain_graph)
+        else:
+            if agreed.books is Books.ROWS:
+                gradients = combined(agreed.layout, blocks, entries, local)
+            else:
+                with kept:
+                    gradients = differentiated(
+                        distribution, output, entries, local, retain_graph=retain_graph
+                    )
+            present = [agreed.layout.has_rows(e.index) for e in entries]
+            distribution.write_gradients([e.parameter for e in entries], gradients, present)
+        if not retain_graph:
+            self.capture.release_passed()
+
+    def reduce_accumulated(self) -> None:
+        """Micro-steps under no_sync rely on the reduction of a step that is skipped."""
+        entries = self.contributor.table.trainable
+        self.contributor.distribution.reduce_accumulated([e.parameter for e in entries])
+
+    def _taken(self, agreed: Agreed, plan: Plan | None) -> Taken:
+        local = agreed.layout.local
+        return Taken(
+            tuple(describe(agreed.blocks, factors=True)),
+            local.batch,
+            local.objectives,
+            self.contributor.local_pass.direct,
+            self.contributor.distribution.group.rank,
+            plan,
+            torch.promote_types(agreed.dtype, torch.float32).itemsize,
+            self.tile,
+        )
