@@ -42,6 +42,7 @@ from .row_blocks import row_blocks
 from .rules import replays
 
 Weigher = Callable[[Tensor], Tensor]
+Backward = Callable[[Tensor, Tensor], None]
 
 
 class Engine:
@@ -338,6 +339,7 @@ class Engine:
         count: Count | None = None,
         scale: float | Tensor | None = None,
         retain_graph: bool = False,
+        backward: Backward | None = None,
     ) -> Tensor:
         """A whole step: Gramian, weights, weighted gradient.
 
@@ -357,6 +359,9 @@ class Engine:
                 error: all gradients, and the weights, become NaN, so that the scaler skips the
                 step on every rank and lowers its scale.
             retain_graph: Whether to keep the graph.
+            backward: A framework's own way of going back, where ``output.backward`` is not the one:
+                called with the output and this rank's weights for it, of its shape. It decides what
+                is kept of the graph, and may divide by a number of micro-batches.
 
         Returns:
             The weights of all objectives. Within ``accumulate`` an empty tensor: they are known at
@@ -367,6 +372,11 @@ class Engine:
             and the graph may be freed.
         """
         if self._accumulation is not None:
+            if backward is not None:
+                raise ValueError(
+                    "Found a backward= within engine.accumulate(), which goes back through all "
+                    "batches at once; expected none. Accumulate as the framework does."
+                )
             return self._accumulate_batch(output, weighting_or_weights, count, scale)
         blocks: Blocks = []
         try:
@@ -376,11 +386,15 @@ class Engine:
                 self._skip = False
             else:
                 layout, blocks = self.prepare(
-                    "Engine.backward", output, count, step=True, retain_graph=retain_graph
+                    "Engine.backward",
+                    output,
+                    count,
+                    step=backward is None,
+                    retain_graph=retain_graph,
                 )
                 gramian = self._gramian(output, layout, blocks, scale)
                 weights = self._scaled_weights(gramian, weighting_or_weights, scale)
-            self._write_gradients(output, blocks, weights, retain_graph)
+            self._write_gradients(output, blocks, weights, retain_graph, backward)
         finally:
             for block in blocks:
                 if block is not None:
@@ -480,7 +494,12 @@ class Engine:
         return output.new_empty(0)
 
     def _write_gradients(
-        self, output: Tensor, blocks: Blocks, weights: Tensor, retain_graph: bool
+        self,
+        output: Tensor,
+        blocks: Blocks,
+        weights: Tensor,
+        retain_graph: bool,
+        backward: Backward | None = None,
     ) -> None:
         entries = self._table.trainable
         if self._skip:
@@ -491,7 +510,10 @@ class Engine:
         assert self._layout is not None
         # The records live as long as the graph's own tensors.
         kept = paused() if retain_graph else nullcontext()
-        if self._books is Books.NO or weights.numel() == 0:
+        if backward is not None:
+            backward(output, local)
+        elif self._books is Books.NO or weights.numel() == 0:
+            self._distribution.check_takes_backward()
             with kept:
                 output.backward(local, retain_graph=retain_graph)
         else:
