@@ -33,7 +33,7 @@ from .local_pass import Blocks, LocalPass
 from .members import Members
 from .parameters import ParameterTable
 from .rules import replays
-from .step import Step, Weigher
+from .step import Backward, Step, Weigher
 
 
 class Engine:
@@ -235,6 +235,7 @@ class Engine:
         count: Count | None = None,
         scale: float | Tensor | None = None,
         retain_graph: bool = False,
+        backward: Backward | None = None,
     ) -> Tensor:
         """A whole step: Gramian, weights, weighted gradient.
 
@@ -254,6 +255,9 @@ class Engine:
                 error: all gradients, and the weights, become NaN, so that the scaler skips the
                 step on every rank and lowers its scale.
             retain_graph: Whether to keep the graph.
+            backward: A framework's own way of going back, where ``output.backward`` is not the one:
+                called with the output and this rank's weights for it, of its shape. It decides what
+                is kept of the graph, and may divide by a number of micro-batches.
 
         Returns:
             The weights of all objectives. Within ``accumulate`` an empty tensor: they are known at
@@ -264,6 +268,11 @@ class Engine:
             and the graph may be freed.
         """
         if self._joining.is_open:
+            if backward is not None:
+                raise ValueError(
+                    "Found a backward= within engine.accumulate(), which goes back through all "
+                    "batches at once; expected none. Accumulate as the framework does."
+                )
             self._joining.add(output, weighting_or_weights, count, scale)
             return output.new_empty(0)
         call = "Engine.backward"
@@ -275,12 +284,14 @@ class Engine:
                 self._step.agreed, self._step.skip = agreed, False
             else:
                 agreed = self._agreement.of_output(
-                    call, output, count, step=True, retain_graph=retain_graph
+                    call, output, count, step=backward is None, retain_graph=retain_graph
                 )
                 blocks = agreed.blocks
                 gramian = self._step.gramian(output, agreed, scale)
                 weights = self._step.weights(gramian, weighting_or_weights, scale)
-            self._step.write_gradients(output, blocks, weights, retain_graph=retain_graph)
+            self._step.write_gradients(
+                output, blocks, weights, retain_graph=retain_graph, backward=backward
+            )
         finally:
             for block in blocks:
                 if block is not None:

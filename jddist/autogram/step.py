@@ -26,6 +26,7 @@ from .explanation import Taken
 from .local_pass import Blocks
 
 Weigher = Callable[[Tensor], Tensor]
+Backward = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(eq=False)
@@ -108,7 +109,13 @@ class Step:
         return (local * factor).to(self.agreed.dtype)
 
     def write_gradients(
-        self, output: Tensor, blocks: Blocks, weights: Tensor, *, retain_graph: bool
+        self,
+        output: Tensor,
+        blocks: Blocks,
+        weights: Tensor,
+        *,
+        retain_graph: bool,
+        backward: Backward | None = None,
     ) -> None:
         """Adds the weighted gradient to ``.grad``, as the wrapper's own backward would.
 
@@ -117,6 +124,7 @@ class Step:
             blocks: Its blocks of rows, from which the gradient comes if that was agreed on.
             weights: Weights of all objectives.
             retain_graph: Whether to keep the graph.
+            backward: See ``Engine.backward``.
         """
         if self.skip:
             self.reduce_accumulated()
@@ -127,7 +135,10 @@ class Step:
         distribution = self.contributor.distribution
         # The records live as long as the graph's own tensors.
         kept = paused() if retain_graph else nullcontext()
-        if agreed.books is Books.NO or weights.numel() == 0:
+        if backward is not None:
+            backward(output, local)
+        elif agreed.books is Books.NO or weights.numel() == 0:
+            distribution.check_takes_backward()
             with kept:
                 output.backward(local, retain_graph=retain_graph)
         else:

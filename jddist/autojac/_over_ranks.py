@@ -82,7 +82,7 @@ def aggregate_over_ranks(
         agree = {
             "parameters of the groups": f"{[len(g) for g in names]} with digest {digest}",
             "aggregators": [type(a).__name__ for a in aggregators],
-            "settings of the aggregators": [_shared_settings(a) for a in aggregators],
+            "settings of the aggregators": [shared_settings(a) for a in aggregators],
             "losses stated to aggregators": [stated_losses(a) for a in aggregators],
             "dtypes": sorted({str(t.dtype) for group in groups for t in group}),
         }
@@ -114,7 +114,7 @@ def aggregate_over_ranks(
     return [weights for _, weights in results]
 
 
-def _shared_settings(aggregator: Aggregator) -> list[object]:
+def shared_settings(aggregator: Aggregator) -> list[object]:
     """What every rank uses by itself. Weightings of Gramians run on rank 0: its settings count."""
     return [] if isinstance(aggregator, GramianWeightedAggregator) else settings_of(aggregator)
 

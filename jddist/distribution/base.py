@@ -81,6 +81,10 @@ class Distribution:
         """Reduces gradients that wait for a backward which is not going to take place."""
         return None  # nothing waits without a wrapper
 
+    def check_takes_backward(self) -> None:
+        """Raises an error where the wrapper would not notice a backward from here."""
+        return None
+
     def takes_gradients(self, parameters: Collection[Parameter]) -> bool:
         """Whether ``write_gradients`` does for ``parameters`` what a backward would have done.
 

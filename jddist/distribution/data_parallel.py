@@ -12,6 +12,8 @@ from torch.distributed.tensor import Placement
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import Parameter
 
+from jddist.errors import UnsupportedModelError
+
 from .base import Distribution, accumulate
 from .collectives import Group
 
@@ -102,6 +104,37 @@ class DataParallel(Distribution):
                     parameter.grad.copy_(mean)
                 elif present[i] or mean.any():
                     accumulate(parameter, mean.clone())
+
+    def check_takes_backward(self) -> None:
+        """Refuses a backward inside of DDP's own forward, which sets up the reducer at its end.
+
+        Raises:
+            RuntimeError: The gradients would silently stay this rank's own.
+        """
+        active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if active is not None and active in self.wrappers:
+            raise RuntimeError(
+                "Found a backward inside of DistributedDataParallel's forward, where Lightning "
+                "calls training_step; expected it after, since DDP would leave the gradients "
+                "unsynchronised. Use jddist.integrations.lightning, or pass "
+                "backward=lambda losses, weights: self.manual_backward(losses, gradient=weights)."
+            )
+
+    def backward_factor(self, placement: Placement) -> float:
+        """Refuses a communication hook after which there is no mean over ranks to undo.
+
+        Raises:
+            UnsupportedModelError: Such a hook is registered.
+        """
+        for wrapper in self.wrappers:
+            for _, state in wrapper._comm_hooks:
+                if getattr(state, "aggregates_ranks", False):
+                    raise UnsupportedModelError(
+                        "Found a DistributedDataParallel whose communication hook aggregates whole "
+                        "ranks; expected one that averages. Call losses.mean().backward(), which "
+                        "the hook turns into the step, or leave the hook out."
+                    )
+        return super().backward_factor(placement)
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:

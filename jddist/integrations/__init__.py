@@ -1,0 +1,1 @@
+"""Training frameworks with which jddist works: one module for each, imported on demand."""
