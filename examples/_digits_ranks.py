@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from _digits_report import COLOURS, Report, read_metrics
+from _ranks import torchrun
 
 
 def relaunch(script: str, args: Namespace) -> None:
@@ -21,12 +19,7 @@ def relaunch(script: str, args: Namespace) -> None:
     if args.lr:
         options += ["--lr", *map(str, args.lr)]
     for count in counts:
-        print(f"\n{count} rank{'s' if count > 1 else ''}", flush=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(count), script, *options]
-        command += ["--out", str(Path(args.out) / f"ranks-{count}")]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        subprocess.run(command, check=True, env=environment)
+        torchrun(script, count, [*options, "--out", str(Path(args.out) / f"ranks-{count}")])
     compare(Path(args.out), counts)
 
 

@@ -20,18 +20,16 @@ the learning rate of a small grid that gives it the smallest area on a seed of i
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from _digits_ranks import relaunch
 from _digits_report import Epoch, Report, write_heat_map
+from _ranks import Ranks, leave_ranks, start_ranks
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,49 +54,6 @@ class Data:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def part(self, batch: Tensor) -> Tensor:
-        """This rank's contiguous part of a batch; sizes may differ by one."""
-        return batch.tensor_split(self.size)[self.rank]
-
-    def clock(self) -> float:
-        """Seconds, read when all the work so far is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-def start_ranks() -> Ranks:
-    """Joins the ranks that torchrun started; without torchrun, there is one."""
-    torch.set_num_threads(1)
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device = torch.device("cpu")
-    # NCCL wants a GPU for each rank; with fewer of them all ranks stay on the CPU.
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
-def leave_ranks() -> None:
-    """Ends the group that `start_ranks` began, if any."""
-    if not dist.is_initialized():
-        return
-    dist.destroy_process_group()
-    # A gloo thread that lets go of the last collective's tensors only while Python shuts down
-    # aborts the process (github.com/pytorch/pytorch/pull/179291): give it the time to do so before.
-    time.sleep(0.2)
 
 
 def load_data(device: torch.device) -> Data:
