@@ -17,8 +17,24 @@ from torch.autograd.graph import GradientEdge
 from .capture import paused
 from .layout import OutputLayout
 
-# Rows differentiated at once when every objective needs a pass of its own.
+# Objectives differentiated at once, by one pass under vmap.
 _CHUNK = 32
+# Up to so many bytes of a layer's output per objective, one pass for many objectives is faster than
+# a pass for each: 0.3 to 1.0 of its time on a CPU, where more gets 1.0 to 1.4, beyond its caches
+# (`python -m tests.benchmark.passes`). Of an accelerator this is a guess.
+_WIDEST_BATCHED = {"cpu": 2 << 20}
+_WIDEST_BATCHED_ELSEWHERE = 64 << 20
+
+
+def objectives_at_once(widest: int, device: torch.device) -> int:
+    """How many objectives to differentiate in one pass.
+
+    Args:
+        widest: Bytes of the largest gradient inside the graph, for one objective.
+        device: Where it is.
+    """
+    limit = _WIDEST_BATCHED.get(device.type, _WIDEST_BATCHED_ELSEWHERE)
+    return 1 if widest > limit else _CHUNK
 
 
 def sample_gradients(
@@ -26,6 +42,7 @@ def sample_gradients(
     layout: OutputLayout,
     inputs: Sequence[Tensor | GradientEdge],
     *,
+    chunk: int = _CHUNK,
     retain_graph: bool = True,
 ) -> list[Tensor | None]:
     """Gradients of every objective at ``inputs``, all samples of the batch in one pass.
@@ -37,6 +54,7 @@ def sample_gradients(
         output: The objectives.
         layout: The layout of ``output``.
         inputs: Where gradients are wanted.
+        chunk: How many objectives of a sample to differentiate in one pass.
         retain_graph: Whether to keep the graph. Only a single pass can free it.
 
     Returns:
@@ -48,13 +66,22 @@ def sample_gradients(
     flat = layout.rows_of(output).reshape(b, k)
     cotangents = torch.eye(k, dtype=output.dtype, device=output.device).unsqueeze(1)
     assert retain_graph or k == 1
-    return _vjps(flat, inputs, cotangents.expand(k, b, k), retain_graph=retain_graph)
+    cotangents = cotangents.expand(k, b, k)
+    if k == 1:
+        return _vjps(flat, inputs, cotangents, retain_graph=retain_graph)
+    return _in_chunks(flat, inputs, cotangents, chunk)
 
 
 def row_gradients(
-    output: Tensor, layout: OutputLayout, inputs: Sequence[Tensor]
+    output: Tensor, layout: OutputLayout, inputs: Sequence[Tensor], *, chunk: int = _CHUNK
 ) -> list[Tensor | None]:
     """Gradients of every single element of ``output``: one pass for each row of the Jacobian.
+
+    Args:
+        output: The objectives.
+        layout: The layout of ``output``.
+        inputs: Where gradients are wanted.
+        chunk: How many rows to differentiate in one pass.
 
     Returns:
         One tensor [m, *input.shape] per input, in the engine's order of rows, or None.
@@ -62,15 +89,8 @@ def row_gradients(
     if not inputs:
         return []
     rows = layout.rows_of(output)
-    pieces: list[list[Tensor | None]] = []
     identity = torch.eye(len(rows), dtype=output.dtype, device=output.device)
-    for chunk in identity.split(_CHUNK):
-        pieces.append(_vjps(rows, inputs, chunk))
-    joined: list[Tensor | None] = []
-    for column in zip(*pieces, strict=True):
-        present = [piece for piece in column if piece is not None]
-        joined.append(torch.cat(present) if present else None)
-    return joined
+    return _in_chunks(rows, inputs, identity, chunk)
 
 
 def weighted_gradients(
@@ -81,6 +101,19 @@ def weighted_gradients(
         return list(
             torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
         )
+
+
+def _in_chunks(
+    output: Tensor, at: Sequence[Tensor | GradientEdge], cotangents: Tensor, chunk: int
+) -> list[Tensor | None]:
+    """``_vjps``, so many at once."""
+    joined: list[list[Tensor]] = [[] for _ in at]
+    for part in cotangents.split(chunk):
+        # One after the other, a pass's results are the only ones that exist twice.
+        for pieces, gradient in zip(joined, _vjps(output, at, part), strict=True):
+            if gradient is not None:
+                pieces.append(gradient)
+    return [torch.cat(p) if len(p) > 1 else p[0] if p else None for p in joined]
 
 
 def _vjps(

@@ -16,6 +16,7 @@ on, with a warning: slow, but never silently wrong.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_map
 
 from .blocks import DenseBlock, JacobianBlock, Scratch, sum_blocks
-from .differentiate import row_gradients, sample_gradients
+from .differentiate import objectives_at_once, row_gradients, sample_gradients
 from .graph import ReachedCall, ReachedGraph, explore
 from .layout import OutputLayout
 from .parameters import Entry, Owner, ParameterTable
@@ -71,6 +72,7 @@ class LocalPass:
     _direct: dict[Hashable, frozenset[int]] = field(default_factory=dict)
     _steps: dict[Hashable, int] = field(default_factory=dict)
     _leaves: dict[int, Tensor] = field(default_factory=dict)
+    _chunk: int = 1
     _index_of: dict[Tensor, int] = field(default_factory=dict)
 
     def blocks(
@@ -118,6 +120,9 @@ class LocalPass:
         self._leaves = {e.index: found.get(e.parameter, e.parameter) for e in self.table.entries}
         self._index_of = {leaf: index for index, leaf in self._leaves.items()}
         self.accounted = graph.leaves <= self._index_of.keys()
+        sizes = (math.prod(s) for call in graph.calls for s in call.record.output_shapes)
+        widest = max(sizes, default=0) * output.element_size()
+        self._chunk = objectives_at_once(widest, output.device)
         return graph
 
     def _checked_blocks(
@@ -225,7 +230,9 @@ class LocalPass:
         along = [] if self.batched else [self._leaves[i] for i in sorted(direct)]
         self.freed = self.freed and bool(edges) and not direct
         grads = iter(
-            sample_gradients(output, layout, [*edges, *along], retain_graph=not self.freed)
+            sample_gradients(
+                output, layout, [*edges, *along], chunk=self._chunk, retain_graph=not self.freed
+            )
         )
         parts: dict[int, list[JacobianBlock]] = {}
         failed: set[int] = set()
@@ -306,7 +313,8 @@ class LocalPass:
                 "is freed already; expected the fallback to serve as it did before. Call "
                 "engine.backward(..., retain_graph=True), or compute_gramian and a backward."
             )
-        rows = row_gradients(output, layout, [self._leaves[e.index] for e in entries])
+        leaves = [self._leaves[e.index] for e in entries]
+        rows = row_gradients(output, layout, leaves, chunk=self._chunk)
         for entry, value in zip(entries, rows, strict=True):
             blocks[entry.index] = (
                 None if value is None else DenseBlock(value.reshape(layout.num_rows, -1))
