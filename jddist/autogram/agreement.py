@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Agreement:
         weights: Tensor | None = None,
         step: bool = False,
         retain_graph: bool = True,
+        told: Mapping[str, Any] = MappingProxyType({}),
     ) -> Agreed:
         """Agrees on one output.
 
@@ -80,10 +82,13 @@ class Agreement:
                 is agreed on.
             step: Whether the weighted gradient is to come from the blocks, if that is possible.
             retain_graph: Whether to keep the graph even so.
+            told: What else has to be the same on every rank.
         """
 
         def local() -> Contribution:
-            return self.contributor.of_output(output, count, weights, step, retain_graph)
+            found = self.contributor.of_output(output, count, weights, step, retain_graph)
+            found.agree.update(told)
+            return found
 
         by_passes = weights is None and self.contributor.by_passes
         found = self.of(call, local, passes=weights is None and not by_passes)

@@ -33,7 +33,7 @@ from .local_pass import Blocks, LocalPass
 from .members import Members
 from .parameters import ParameterTable
 from .rules import replays
-from .step import Backward, Step, Weigher
+from .step import Backward, Step, Weigher, stated
 
 
 class Engine:
@@ -284,7 +284,12 @@ class Engine:
                 self._step.agreed, self._step.skip = agreed, False
             else:
                 agreed = self._agreement.of_output(
-                    call, output, count, step=backward is None, retain_graph=retain_graph
+                    call,
+                    output,
+                    count,
+                    step=backward is None,
+                    retain_graph=retain_graph,
+                    told={"losses stated to the weighting": stated(weighting_or_weights)},
                 )
                 blocks = agreed.blocks
                 gramian = self._step.gramian(output, agreed, scale)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
+from jddist.aggregation._losses import stated_losses
 from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.exchange import describe
 from jddist.distribution.once import Job
@@ -27,6 +28,11 @@ from .local_pass import Blocks
 
 Weigher = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor], None]
+
+
+def stated(weighting: Weigher) -> list[list[float]]:
+    """The losses that the weighting was told: they have to be the global ones on every rank."""
+    return stated_losses(weighting) if isinstance(weighting, nn.Module) else []
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jddist import attach
-from jddist.aggregation import UPGrad, UPGradWeighting
+from jddist.aggregation import GradNormWeighting, UPGrad, UPGradWeighting
 from jddist.autogram import Engine
 from jddist.autojac import backward, jac_to_grad, mtl_backward
 from jddist.distribution import Local
@@ -94,6 +94,14 @@ def _other_weights(
     return engine.backward(_losses(ddp, x), torch.ones(8 if culprit else 9, dtype=x.dtype))
 
 
+def _other_losses(
+    engine: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool
+) -> object:
+    losses, weighting = ddp(x).pow(2).mean(0), GradNormWeighting()
+    weighting.set_losses(torch.full((4,), 2.0 if culprit else 1.0))
+    return Engine(ddp, batch_dim=None).backward(losses, weighting)
+
+
 def _no_graph(engine: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool) -> object:
     losses = _losses(ddp, x)
     return engine.compute_gramian(losses.detach() if culprit else losses)
@@ -154,6 +162,7 @@ SCENARIOS: dict[str, tuple[Scenario, type[Exception], str]] = {
     "other parameters": (_other_parameters, LayoutMismatchError, "trainable parameters"),
     "other call": (_other_call, LayoutMismatchError, "Engine.backward"),
     "other weights": (_other_weights, LayoutMismatchError, "shape of the weights"),
+    "other losses": (_other_losses, LayoutMismatchError, "losses stated to the weighting"),
     "no graph": (_no_graph, RankError, "rank 1 raised ValueError"),
     "modified input": (_modified_input, RankError, "first"),
     "failing weighting": (_failing_weighting, RankError, "no such task"),
