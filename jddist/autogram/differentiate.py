@@ -27,6 +27,7 @@ def sample_gradients(
     inputs: Sequence[Tensor | GradientEdge],
     *,
     retain_graph: bool = True,
+    by_vmap: bool = True,
 ) -> list[Tensor | None]:
     """Gradients of every objective at ``inputs``, all samples of the batch in one pass.
 
@@ -38,6 +39,7 @@ def sample_gradients(
         layout: The layout of ``output``.
         inputs: Where gradients are wanted.
         retain_graph: Whether to keep the graph. Only a single pass can free it.
+        by_vmap: Whether several passes may be one. Collectives inside of it would not communicate.
 
     Returns:
         One tensor [k, *input.shape] per input, or None where the output does not depend on it.
@@ -48,13 +50,20 @@ def sample_gradients(
     flat = layout.rows_of(output).reshape(b, k)
     cotangents = torch.eye(k, dtype=output.dtype, device=output.device).unsqueeze(1)
     assert retain_graph or k == 1
-    return _vjps(flat, inputs, cotangents.expand(k, b, k), retain_graph=retain_graph)
+    cotangents = cotangents.expand(k, b, k)
+    return _vjps(flat, inputs, cotangents, retain_graph=retain_graph, by_vmap=by_vmap)
 
 
 def row_gradients(
-    output: Tensor, layout: OutputLayout, inputs: Sequence[Tensor]
+    output: Tensor, layout: OutputLayout, inputs: Sequence[Tensor], *, by_vmap: bool = True
 ) -> list[Tensor | None]:
     """Gradients of every single element of ``output``: one pass for each row of the Jacobian.
+
+    Args:
+        output: The objectives.
+        layout: The layout of ``output``.
+        inputs: Where gradients are wanted.
+        by_vmap: Whether several passes may be one.
 
     Returns:
         One tensor [m, *input.shape] per input, in the engine's order of rows, or None.
@@ -65,7 +74,7 @@ def row_gradients(
     pieces: list[list[Tensor | None]] = []
     identity = torch.eye(len(rows), dtype=output.dtype, device=output.device)
     for chunk in identity.split(_CHUNK):
-        pieces.append(_vjps(rows, inputs, chunk))
+        pieces.append(_vjps(rows, inputs, chunk, by_vmap=by_vmap))
     joined: list[Tensor | None] = []
     for column in zip(*pieces, strict=True):
         present = [piece for piece in column if piece is not None]
@@ -89,13 +98,14 @@ def _vjps(
     cotangents: Tensor,
     *,
     retain_graph: bool = True,
+    by_vmap: bool = True,
 ) -> list[Tensor | None]:
     """One vector-Jacobian product for each entry of ``cotangents`` [k, *output.shape]."""
     inputs: Any = at  # torch takes a mixed sequence; its annotation does not say so
     with paused(), warnings.catch_warnings():
         # vmap announces operators that it has to loop over; the result is the same.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        if len(cotangents) > 1:
+        if len(cotangents) > 1 and by_vmap:
             try:
                 return list(
                     torch.autograd.grad(
