@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement
+from torch.distributed.tensor import DTensor, Placement
 
 from jddist.autogram import global_pass
 from jddist.autogram.engine import Engine
 from jddist.distribution.counts import Count
 from jddist.distribution.exchange import scale_rows
+from jddist.distribution.lockstep import as_plain
 from jddist.distribution.schemes import BlockShape
 
 
@@ -45,6 +46,7 @@ def verify(
     engine = Engine(model, batch_dim=batch_dim, objectives=objectives)
     if not isinstance(output, Tensor):
         output = output()
+    output = as_plain(output)
     layout, blocks = engine.prepare("verify", output, count)
     table, distribution = engine.table, engine.distribution
     errors: dict[str, float] = {}
@@ -76,7 +78,7 @@ def _rows_one_by_one(objectives: Tensor, parameters: list[Tensor]) -> Tensor:
     rows = [
         torch.cat(
             [
-                g.reshape(-1)
+                _whole(g).reshape(-1)
                 for g in torch.autograd.grad(
                     objective,
                     parameters,
@@ -90,6 +92,10 @@ def _rows_one_by_one(objectives: Tensor, parameters: list[Tensor]) -> Tensor:
     ]
     width = sum(p.numel() for p in parameters)
     return torch.stack(rows).double() if rows else objectives.new_zeros(0, width).double()
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def _brute_force(engine: Engine, layout: global_pass.GlobalLayout, rows: Tensor) -> Tensor:

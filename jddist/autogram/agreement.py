@@ -32,7 +32,7 @@ class Agreed:
     Attributes:
         layout: How this rank's objectives lie among all.
         blocks: This rank's blocks of rows.
-        infos: What every rank told the others.
+        infos: What the ranks told over which the objectives are spread.
         dtype: The dtype of this rank's objectives.
         books: How this rank gets its weighted gradient.
     """
@@ -115,11 +115,13 @@ class Agreement:
         # Outside of the attempt: every rank has to enter, whatever it runs into inside.
         with distribution.first_pass() if passes else nullcontext():
             try:
-                self.check_modules()
-                local = find_local()
+                with distribution.lockstep.pass_ahead() if passes else nullcontext():
+                    self.check_modules()
+                    local = find_local()
             except Exception as failure:  # it is raised again on every rank, by the handshake
                 error = explained(failure)
-        infos = distribution.handshake(call, local.agree, local.info, error)
+        told = distribution.handshake(call, local.agree, local.info, error)
+        infos = distribution.by_objectives(told)
         assert local.layout is not None
         self._warn_if_uneven(infos)
         books = agreed([info["books"] for info in infos], local.books)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Placement
 from jddist.distribution.base import Distribution, is_sharded
 from jddist.distribution.counts import Count, checked_count
 from jddist.distribution.fully_shard import FullyShard
+from jddist.distribution.lockstep import check_plain
 from jddist.distribution.planning import Prefer
 from jddist.errors import UnsupportedModelError
 
@@ -155,7 +156,7 @@ class Contributor:
 
     def layout_of(self, output: Tensor) -> OutputLayout:
         """The layout of an output that can be differentiated, else ValueError."""
-        layout = OutputLayout.of(output, self.batch_dim)
+        layout = OutputLayout.of(check_plain(output), self.batch_dim)
         self._check_output(output)
         return layout
 

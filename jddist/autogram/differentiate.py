@@ -54,7 +54,8 @@ def sample_gradients(
         output: The objectives.
         layout: The layout of ``output``.
         inputs: Where gradients are wanted.
-        chunk: How many objectives of a sample to differentiate in one pass.
+        chunk: How many objectives of a sample to differentiate in one pass; 1 where the graph
+            communicates, since collectives do not do so under vmap.
         retain_graph: Whether to keep the graph. Only a single pass can free it.
 
     Returns:

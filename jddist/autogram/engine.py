@@ -13,10 +13,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Shard
 
 from jddist.distribution.base import Distribution, check_placement
 from jddist.distribution.counts import Count
+from jddist.distribution.lockstep import as_plain, mesh_of, on_mesh
 from jddist.distribution.planning import Prefer, check_prefer
 from jddist.distribution.select import distribution_of, select
 
@@ -30,7 +32,7 @@ from .crossing import cross_gramian
 from .global_pass import GlobalLayout
 from .joining import Joining
 from .local_pass import Blocks, LocalPass
-from .members import Members
+from .members import Members, given_modules
 from .parameters import ParameterTable
 from .rules import replays
 from .step import Backward, Step, Weigher, stated
@@ -84,13 +86,15 @@ class Engine:
         check_prefer(prefer)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Found nonfinite={nonfinite!r}; expected 'raise' or 'skip'.")
-        members = Members(modules)
+        given, recursive = given_modules(modules)
+        # First of all: a wrapper may have to put parameters back into their modules.
+        selected = distribution or select(given, None)
+        members = Members(given, recursive)
         if objectives is None:
             objectives = Partial("avg") if batch_dim is None else Shard(0)
         placement = check_placement(objectives)
         table, batched = members.table, batch_dim is not None
         parameters = [entry.parameter for entry in table.trainable]
-        selected = distribution or select(members.given, None)
         self._distribution = distribution_of(parameters, selected)
         members.check_reduced(self._distribution)
         members.check_current(self._distribution, batched=batched)
@@ -102,7 +106,9 @@ class Engine:
         self._contributor = Contributor(
             table=table,
             scope=members.scope,
-            local_pass=LocalPass(table, batched, scratch, self._distribution.leaves),
+            local_pass=LocalPass(
+                table, batched, scratch, self._distribution.leaves, self._distribution.lockstep
+            ),
             distribution=self._distribution,
             placement=placement,
             batch_dim=batch_dim,
@@ -114,6 +120,7 @@ class Engine:
         tile = scratch.tile_elements(torch.float32)
         self._step = Step(self._contributor, capture, nonfinite, tile)
         self._joining = Joining(self._agreement, self._step)
+        self._mesh: DeviceMesh | None = None  # of the last objectives, if they were a DTensor
 
     @property
     def distribution(self) -> Distribution:
@@ -130,7 +137,8 @@ class Engine:
 
         Args:
             output: This rank's objectives, of any shape, with their graph (which is kept). The
-                rank may have none: an output with no samples.
+                rank may have none: an output with no samples. On tensor-parallel layers it may be a
+                DTensor that all ranks have alike.
             count: With ``Partial("avg")``, the number of samples over which this rank's objectives
                 are means: an int, or one number per objective. The global objective is then the
                 mean over all samples; without it, the mean over ranks.
@@ -145,6 +153,7 @@ class Engine:
             LayoutMismatchError: The ranks disagree on shapes, dtype or parameters.
             RankError: Another rank failed before the exchange.
         """
+        self._mesh, output = mesh_of(output), as_plain(output)
         agreed = self._agreement.of_output("Engine.compute_gramian", output, count)
         return self._step.gramian(output, agreed)
 
@@ -189,7 +198,7 @@ class Engine:
         Raises:
             The errors of ``compute_gramian``; NonFiniteObjectiveError also if ``nonfinite="skip"``.
         """
-        values = cross_gramian(self._agreement, first, second, counts)
+        values = cross_gramian(self._agreement, as_plain(first), as_plain(second), counts)
         self._step.agreed = None  # the weights belong to a step that is to come
         return values
 
@@ -224,7 +233,7 @@ class Engine:
             RuntimeError: No Gramian was computed yet.
             ValueError: The weights do not have the shape of the global objectives.
         """
-        return self._step.local_weights(weights)
+        return on_mesh(self._step.local_weights(weights), self._mesh)
 
     def backward(
         self,
@@ -267,6 +276,8 @@ class Engine:
             The errors of ``compute_gramian`` and ``compute_weights``; ``.grad`` is then untouched,
             and the graph may be freed.
         """
+        if backward is None:  # a framework's own gets what it was given
+            self._mesh, output = mesh_of(output), as_plain(output)
         if self._joining.is_open:
             if backward is not None:
                 raise ValueError(

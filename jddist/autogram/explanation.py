@@ -30,6 +30,8 @@ class Taken:
         plan: The exchange, or None in one process.
         itemsize: Bytes of a number.
         tile: Numbers of a tile of scratch memory.
+        columns: The number of each parameter's columns that this rank computes with; by default
+            all of them.
     """
 
     shapes: tuple[BlockShape, ...]
@@ -40,6 +42,7 @@ class Taken:
     plan: Plan | None
     itemsize: int
     tile: int
+    columns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def reports(table: ParameterTable, taken: Taken) -> list[LayerReport]:
 
     A parameter that several modules share counts with the first of them.
     """
-    columns = [entry.parameter.numel() for entry in table.entries]
+    columns = taken.columns or [entry.parameter.numel() for entry in table.entries]
     exchange = taken.plan
     if exchange is None:
         local = [taken.shapes]
@@ -111,6 +114,9 @@ def as_text(rows: Sequence[LayerReport], taken: Taken) -> str:
         lines.append("  ".join([*texts, *numbers]).rstrip())
     size = 1 if taken.plan is None else taken.plan.size
     where = f"rank {taken.rank} of {size}" if size > 1 else "one process"
+    if taken.plan is not None and taken.plan.everyone > size:
+        same = taken.plan.everyone // size
+        where += f", with tensor parallelism over {same} ranks, whose layers' own traffic is extra"
     return "\n".join([f"The last step, {where}, predicted from shapes (bytes):", *lines])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -176,44 +176,50 @@ def gramian(
     prefer: Prefer = "bytes",
 ) -> GramianParts:
     """The global Gramian in the engine's order of rows."""
-    group, device = distribution.group, output.device
+    group, everyone, device = distribution.group, distribution.everyone, output.device
     entries = table.entries
-    columns = [e.parameter.numel() for e in entries]
+    columns = [distribution.lockstep.numel(e.parameter) for e in entries]
     dtype = torch.promote_types(output.dtype, torch.float32)
     for entry in entries:
         dtype = torch.promote_types(dtype, entry.parameter.dtype)
     finite = torch.isfinite(layout.local.rows_of(output.detach()))
     m = layout.whole.num_rows
     scale = torch.tensor(layout.row_scale, dtype=torch.float64, device=device)
+    exchange = None
+    if everyone.size > 1:
+        exchange = planned(layout, columns, group.size, dtype.itemsize, prefer)
+        if everyone.size > group.size:
+            exchange = replace(exchange, everyone=everyone.size)
+    flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
     if group.size == 1:
         values = local_gramian(blocks, m, device)
         dropped = scale == 0
         if 0.0 in layout.row_scale:
             values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)
-        flags = (~finite | ~torch.isfinite(values.diagonal())) & ~dropped
-        return GramianParts(values, flags.unsqueeze(0))
-    exchange = planned(layout, columns, group.size, dtype.itemsize, prefer)
-    if layout.sharded:
+        flags[0] = (~finite | ~torch.isfinite(values.diagonal())) & ~dropped
+        if everyone.size == 1:
+            return GramianParts(values, flags > 0)
+    elif layout.sharded:
+        assert exchange is not None
         k = layout.objectives
         values = sharded_rows_gramian(blocks, exchange, group, layout.sizes, k, dtype, device)
-        flags = torch.zeros(1, m, dtype=torch.float64, device=device)
+        flags = flags[:1]
         start = k * sum(layout.sizes[: group.rank])
         flags[0, start : start + len(finite)] = (~finite).double()
     elif layout.rows_finite is not None:
         # Replicas have the same columns: what is summed over all ranks below counts them all.
-        replicas = group.size // distribution.column_group.size
+        replicas = everyone.size // distribution.columns.group.size
         values = local_gramian(blocks, m, device) / replicas
         rows_finite = torch.tensor(layout.rows_finite, device=device)
-        flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
     else:
+        assert exchange is not None
         values, rows_finite = summed_rows_gramian(blocks, exchange, scale, group, dtype, device)
-        flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
     # One buffer: half of the Gramian and the flags, in one collective.
     half = pack_lower(values)
     buffer = torch.cat([half, flags.reshape(-1)])
-    group.all_reduce(buffer)
+    everyone.all_reduce(buffer)
     values = unpack_lower(buffer[: len(half)], m)
     flags = buffer[len(half) :].view(flags.shape) > 0
     if layout.sharded:

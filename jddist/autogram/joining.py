@@ -74,10 +74,12 @@ class Joining:
         """Computes the blocks of one batch and keeps them."""
         assert self._current is not None
         contributor = self.agreement.contributor
-        layout = contributor.layout_of(output)
-        self.agreement.check_modules()
-        with contributor.distribution.first_pass():
-            blocks = contributor.local_pass.blocks(output, layout)
+        distribution = contributor.distribution
+        with distribution.lockstep.pass_ahead():
+            layout = contributor.layout_of(output)
+            self.agreement.check_modules()
+            with distribution.first_pass():
+                blocks = contributor.local_pass.blocks(output, layout)
         counts = contributor.rows_of_count(count, layout)
         batch = MicroBatch(output, layout, blocks, counts, contributor.local_pass.samples)
         self._current.add(batch, weighting, None if scale is None else float(scale))

@@ -28,11 +28,14 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_map
 
+from jddist.distribution.lockstep import Lockstep, part_like
+
 from .blocks import DenseBlock, JacobianBlock, Scratch, sum_blocks
 from .differentiate import objectives_at_once, row_gradients, sample_gradients
 from .graph import ReachedCall, ReachedGraph, explore
 from .layout import OutputLayout
 from .parameters import Entry, Owner, ParameterTable
+from .parts import of_parts, takes_parts
 from .record import LayerRecord
 from .rules.fallback import batched_leaves, vjp_rows
 from .self_check import warn_direct, warn_wrong, wrong_entries
@@ -53,6 +56,7 @@ class LocalPass:
         batched: Whether the engine has a batch dimension.
         scratch: The memory in which the blocks work.
         find_leaves: Which tensor stands for a parameter in the graph, where it is another one.
+        lockstep: The ranks that have to take every pass together with this one.
 
     Attributes:
         samples: The batch size that the modules saw in the last pass, as far as can be told.
@@ -65,6 +69,7 @@ class LocalPass:
     batched: bool
     scratch: Scratch = field(default_factory=Scratch)
     find_leaves: Callable[[], Mapping[Parameter, Tensor]] = dict
+    lockstep: Lockstep = field(default_factory=Lockstep)
     samples: int = 0
     accounted: bool = False
     freed: bool = False
@@ -91,11 +96,15 @@ class LocalPass:
             ModifiedInputError: An input of a recorded call was changed in place.
         """
         self.samples, self.freed, self.direct = 0, False, frozenset()
+        self.lockstep.enter()
         graph = self._explore(output)
         if layout.num_rows == 0:
             return [None] * len(self.table.entries)
         free = free and self.accounted and layout.objectives == 1
         blocks = self._checked_blocks(output, layout, graph, free)
+        for entry in self.table.entries:
+            if not self.lockstep.counts(entry.parameter):
+                blocks[entry.index] = None  # another rank answers for it
         for block in blocks:
             if block is not None:
                 block.lend(self.scratch, keep=keep or self.freed)
@@ -122,7 +131,9 @@ class LocalPass:
         self.accounted = graph.leaves <= self._index_of.keys()
         sizes = (math.prod(s) for call in graph.calls for s in call.record.output_shapes)
         widest = max(sizes, default=0) * output.element_size()
-        self._chunk = objectives_at_once(widest, output.device)
+        # Collectives do not communicate under vmap.
+        communicates = self.lockstep.active
+        self._chunk = 1 if communicates else objectives_at_once(widest, output.device)
         return graph
 
     def _checked_blocks(
@@ -146,7 +157,7 @@ class LocalPass:
             entries = [self._entry(i) for i in sorted(reached - direct)]
             eps = _coarsest_rounding(calls)
             leaves = [self._leaves[e.index] for e in entries]
-            wrong = wrong_entries(output, layout, entries, leaves, blocks, eps)
+            wrong = wrong_entries(output, layout, entries, leaves, blocks, eps, self.lockstep)
             if wrong is None:
                 self._steps[signature] -= 1
                 return blocks  # NaN proves nothing: check again next time
@@ -178,6 +189,9 @@ class LocalPass:
                 continue
             indices = {self.table.index_of[p] for p in owner.paths.values()}
             if call.record.released or (owner.rule is None and not self.batched):
+                elsewhere |= indices
+                continue
+            if self.lockstep.active and not takes_parts(owner, self._leaves_of(owner)):
                 elsewhere |= indices
                 continue
             if self.batched and not _is_batched(owner, call, layout.batch):
@@ -261,7 +275,7 @@ class LocalPass:
         for index in sorted(direct) if along else ():
             rows = next(grads)
             if rows is not None:
-                blocks[index] = DenseBlock(rows.reshape(layout.num_rows, -1))
+                blocks[index] = self._dense(rows, self._leaves[index])
         self._fill_directly(output, layout, blocks, failed if along else direct | failed)
         return blocks, frozenset(direct | failed)
 
@@ -291,6 +305,8 @@ class LocalPass:
         record = LayerRecord(
             call.record.module, args, kwargs, grads, call.record, layout.batch, self.batched
         )
+        if self.lockstep.active:
+            record = of_parts(record, self._leaves_of(owner))
         found = None if owner.rule is None else owner.rule(record)
         if found is None:
             if not self.batched:
@@ -314,11 +330,14 @@ class LocalPass:
                 "engine.backward(..., retain_graph=True), or compute_gramian and a backward."
             )
         leaves = [self._leaves[e.index] for e in entries]
-        rows = row_gradients(output, layout, leaves, chunk=self._chunk)
-        for entry, value in zip(entries, rows, strict=True):
-            blocks[entry.index] = (
-                None if value is None else DenseBlock(value.reshape(layout.num_rows, -1))
-            )
+        found = row_gradients(output, layout, leaves, chunk=self._chunk)
+        for entry, leaf, rows in zip(entries, leaves, found, strict=True):
+            blocks[entry.index] = None if rows is None else self._dense(rows, leaf)
+
+    def _dense(self, rows: Tensor, leaf: Tensor) -> JacobianBlock:
+        """This rank's columns of rows [m, *shape]."""
+        part = part_like(rows, leaf, rows=True)
+        return DenseBlock(part.reshape(len(part), part.shape[1:].numel()))
 
     def _warn_about(
         self, direct: frozenset[int], wrong: frozenset[int], *, had_calls: bool
@@ -327,6 +346,9 @@ class LocalPass:
             warn_direct([self._entry(i).name for i in sorted(direct)], had_calls=had_calls)
         if wrong:
             warn_wrong([self._entry(i).name for i in sorted(wrong)])
+
+    def _leaves_of(self, owner: Owner) -> dict[str, Tensor]:
+        return {path: self._leaves[self.table.index_of[p]] for path, p in owner.paths.items()}
 
     def _entry(self, index: int) -> Entry:
         return self.table.entries[index]

@@ -18,21 +18,20 @@ class Members:
     """The modules whose parameters count.
 
     Args:
-        modules: Modules, with their descendants, or one iterable of modules without.
+        given: The modules that were given, in their wrappers.
+        recursive: Whether their descendants count too.
 
     Attributes:
-        given: The modules that were given, in their wrappers.
         scope: All modules in scope, with their names.
         table: Their parameters.
 
     Raises:
-        UnsupportedModelError: Something among them is no module.
         ValueError: They have no trainable parameters.
     """
 
-    def __init__(self, modules: tuple[nn.Module | Iterable[nn.Module], ...]) -> None:
-        self.given, recursive = _given_modules(modules)
-        bare = [unwrap(m) for m in self.given]
+    def __init__(self, given: list[nn.Module], recursive: bool) -> None:
+        self._given = given
+        bare = [unwrap(m) for m in given]
         self.scope: dict[nn.Module, str] = scope_of(bare, recursive)
         self._roots = bare if recursive else []
         self.table: ParameterTable = build_table(self.scope)
@@ -45,7 +44,7 @@ class Members:
     @property
     def are_bare(self) -> bool:
         """Whether they were given without a wrapper."""
-        return all(unwrap(m) is m for m in self.given)
+        return all(unwrap(m) is m for m in self._given)
 
     def check_reduced(self, distribution: Distribution) -> None:
         """Raises UnsupportedModelError if the wrapper's backward would not reduce a gradient."""
@@ -80,10 +79,14 @@ class Members:
         check_modules(self.scope, batched=batched, num_ranks=distribution.group.size)
 
 
-def _given_modules(
+def given_modules(
     modules: tuple[nn.Module | Iterable[nn.Module], ...],
 ) -> tuple[list[nn.Module], bool]:
-    """The modules, and whether their descendants count too."""
+    """The modules, and whether their descendants count too.
+
+    Raises:
+        UnsupportedModelError: Something among them is no module.
+    """
     # A Sequential is an iterable as well as a module: ask for the module first.
     if len(modules) == 1 and not isinstance(modules[0], nn.Module):
         given, recursive = list(modules[0]), False

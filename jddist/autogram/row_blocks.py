@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from jddist.distribution.cut import part_of
-from jddist.distribution.fully_shard import FullyShard
 from jddist.distribution.row_passes import RowPass
+from jddist.distribution.sharded import ShardedColumns
 
 from .blocks import DenseBlock
 from .global_pass import GlobalLayout
@@ -22,7 +22,7 @@ from .parameters import ParameterTable
 
 
 def row_blocks(
-    distribution: FullyShard,
+    distribution: ShardedColumns,
     layout: GlobalLayout,
     output: Tensor,
     table: ParameterTable,
@@ -47,7 +47,7 @@ def row_blocks(
     rows, finite = distribution.rows(passes, retain_graph=True)
     blocks: Blocks = [None] * len(table.entries)
     for entry in table.trainable:
-        if entry.parameter in rows:
+        if entry.parameter in rows and distribution.lockstep.counts(entry.parameter):
             local = part_of(rows[entry.parameter])
-            blocks[entry.index] = DenseBlock(local.reshape(len(passes), local[0].numel()))
+            blocks[entry.index] = DenseBlock(local.reshape(len(passes), local.shape[1:].numel()))
     return replace(layout, rows_finite=tuple(finite)), blocks

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from jddist.distribution.lockstep import Lockstep, part_like
+
 from .blocks import JacobianBlock
 from .differentiate import weighted_gradients
 from .layout import OutputLayout
@@ -29,6 +31,7 @@ def wrong_entries(
     leaves: Sequence[Tensor],
     blocks: Sequence[JacobianBlock | None],
     eps: float,
+    lockstep: Lockstep,
 ) -> frozenset[int] | None:
     """The indices of those entries whose blocks do not combine to autograd's gradient.
 
@@ -39,6 +42,7 @@ def wrong_entries(
         leaves: The tensors that stand for them in the graph.
         blocks: The blocks of all parameters.
         eps: A machine epsilon coarser than that of the parameters, if something ran with it.
+        lockstep: The ranks that check their parts of the same rows, and have to find the same.
 
     Returns:
         Indices, or None if the gradient is not finite and nothing can be said.
@@ -48,7 +52,7 @@ def wrong_entries(
     generator = torch.Generator().manual_seed(layout.num_rows)
     draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
     draw = draw.to(device=output.device, dtype=output.dtype)
-    wrong = _disagreeing(output, layout, entries, leaves, blocks, draw, eps)
+    wrong = _disagreeing(output, layout, entries, leaves, blocks, draw, eps, lockstep)
     if not wrong or layout.num_rows < 2:
         return wrong
     # Some of torch's kernels add a narrow parameter's gradient up in its own dtype: LayerNorm's
@@ -65,7 +69,9 @@ def wrong_entries(
     for row in draw.abs().argsort(descending=True)[:_SINGLE_ROWS].tolist():
         alone = torch.zeros_like(draw)
         alone[row] = 1
-        found = _disagreeing(output, layout, suspects, list(narrow.values()), blocks, alone, eps)
+        found = _disagreeing(
+            output, layout, suspects, list(narrow.values()), blocks, alone, eps, lockstep
+        )
         confirmed |= found or frozenset()
     return (wrong - narrow.keys()) | confirmed
 
@@ -78,18 +84,49 @@ def _disagreeing(
     blocks: Sequence[JacobianBlock | None],
     weights: Tensor,
     eps: float,
+    lockstep: Lockstep,
 ) -> frozenset[int] | None:
     """``wrong_entries`` for one combination of the rows."""
-    expected = weighted_gradients(output, layout.shaped(weights), leaves)
+    found = weighted_gradients(output, layout.shaped(weights), leaves)
     with torch.no_grad():
+        expected = [
+            None if gradient is None else part_like(gradient, leaf)
+            for gradient, leaf in zip(found, leaves, strict=True)
+        ]
         total = math.hypot(*(float(_norm(g)) for g in expected if g is not None))
-        if not math.isfinite(total):
-            return None
-        return frozenset(
-            entry.index
+        finite = math.isfinite(total)
+        wrong = [
+            finite and not _agree(blocks[entry.index], weights, gradient, total, eps)
             for entry, gradient in zip(entries, expected, strict=True)
-            if not _agree(blocks[entry.index], weights, gradient, total, eps)
-        )
+        ]
+        if lockstep.active:
+            _check_alike(output, layout, entries, expected, eps, lockstep)
+            some_infinite, *wrong = lockstep.union([not finite, *wrong])
+            finite = not some_infinite
+    if not finite:
+        return None
+    return frozenset(e.index for e, is_wrong in zip(entries, wrong, strict=True) if is_wrong)
+
+
+def _check_alike(
+    output: Tensor,
+    layout: OutputLayout,
+    entries: Sequence[Entry],
+    gradients: Sequence[Tensor | None],
+    eps: float,
+    lockstep: Lockstep,
+) -> None:
+    """Raises LayoutMismatchError unless ranks in lockstep have the same objectives, and the same
+    gradients of the parameters that all of them hold alike."""
+    values = {"the objectives": layout.rows_of(output)}
+    for entry, gradient in zip(entries, gradients, strict=True):
+        if not lockstep.cuts(entry.parameter) and gradient is not None:
+            flat = gradient.reshape(-1)
+            signs = torch.ones_like(flat)
+            signs[::2] = -1.0
+            values[f"the gradient of {entry.name}"] = torch.stack([flat @ signs, _norm(flat)])
+    eps = max([eps, *(torch.finfo(value.dtype).eps for value in values.values())])
+    lockstep.check_same(values, min(0.1, 30 * eps**0.5))
 
 
 def warn_direct(names: Sequence[str], *, had_calls: bool) -> None:

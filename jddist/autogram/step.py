@@ -176,4 +176,8 @@ class Step:
             plan,
             torch.promote_types(agreed.dtype, torch.float32).itemsize,
             self.tile,
+            tuple(
+                self.contributor.distribution.lockstep.numel(entry.parameter)
+                for entry in self.contributor.table.entries
+            ),
         )

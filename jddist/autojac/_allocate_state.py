@@ -37,7 +37,7 @@ def allocate_state(
         distribution: ``Local()`` if every rank is meant to work alone.
     """
     tensors = list(tensors)
-    ranks = distribution_of(tensors, distribution).column_group
+    ranks = distribution_of(tensors, distribution).columns.group
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)

@@ -9,7 +9,8 @@ from torch.nn.parameter import Parameter
 
 from jddist.aggregation import Aggregator
 from jddist.distribution.base import Distribution
-from jddist.distribution.fully_shard import FullyShard
+from jddist.distribution.lockstep import as_plain, check_plain
+from jddist.distribution.sharded import ShardedColumns
 
 from ._accumulate import add_jacs, check_expects_gradients, free_jacs, jac_of
 from ._arguments import as_cotangents, as_tensors
@@ -57,7 +58,7 @@ def backward(
     given = [tensors] if isinstance(tensors, Tensor) else tensors
     distribution = involved_distribution(given, distribution)
     placement = stated_objectives(distribution)
-    if isinstance(distribution, FullyShard):
+    if isinstance(distribution, ShardedColumns):
         _backward_on_shards(
             tensors, aggregator, jac_tensors, inputs, retain_graph, parallel_chunk_size,
             distribution,
@@ -112,7 +113,7 @@ def _backward_on_shards(
     inputs: Iterable[Tensor] | None,
     retain_graph: bool,
     chunk_size: int | None,
-    distribution: FullyShard,
+    distribution: ShardedColumns,
 ) -> None:
     placement = stated_objectives(distribution)
     error: Exception | None = None
@@ -120,7 +121,7 @@ def _backward_on_shards(
     parameters: list[Parameter] = []
     cotangents: list[Tensor] | None = None
     try:
-        outputs = as_tensors(tensors, "tensors")
+        outputs = [check_plain(as_plain(t)) for t in as_tensors(tensors, "tensors")]
         check_chunk_size(chunk_size)
         given = default_inputs(outputs, distribution) if inputs is None else inputs
         parameters = check_parameters(given, distribution)

@@ -10,8 +10,9 @@ from torch.nn.parameter import Parameter
 from torch.overrides import is_tensor_like
 
 from jddist.distribution.base import Distribution
-from jddist.distribution.fully_shard import FullyShard
+from jddist.distribution.lockstep import as_plain, check_plain
 from jddist.distribution.select import originals
+from jddist.distribution.sharded import ShardedColumns
 
 from ._arguments import as_cotangents, as_tensors, check_requires_grad
 from ._context import involved_distribution, stated_objectives
@@ -54,7 +55,7 @@ def jac(
     """
     given = [outputs] if isinstance(outputs, Tensor) else outputs
     on_shards = involved_distribution(given, distribution)
-    if isinstance(on_shards, FullyShard):
+    if isinstance(on_shards, ShardedColumns):
         return _jac_on_shards(
             outputs, inputs, jac_outputs, retain_graph, parallel_chunk_size, on_shards
         )
@@ -84,7 +85,7 @@ def _jac_on_shards(
     jac_outputs: Sequence[Tensor] | Tensor | None,
     retain_graph: bool,
     chunk_size: int | None,
-    distribution: FullyShard,
+    distribution: ShardedColumns,
 ) -> tuple[Tensor, ...]:
     placement = stated_objectives(distribution)
     error: Exception | None = None
@@ -94,7 +95,7 @@ def _jac_on_shards(
     cotangents: list[Tensor] | None = None
     try:
         check_chunk_size(chunk_size)
-        differentiated = as_tensors(outputs, "outputs")
+        differentiated = [check_plain(as_plain(t)) for t in as_tensors(outputs, "outputs")]
         listed = [inputs] if is_tensor_like(inputs) else list(inputs)  # type: ignore[list-item]
         parameters = check_parameters(listed, distribution)
         check_requires_grad(parameters, "inputs")

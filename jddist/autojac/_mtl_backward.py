@@ -12,7 +12,7 @@ from torch.distributed.tensor import Placement
 from jddist.distribution.base import Distribution, is_average
 from jddist.distribution.counts import Count, checked_count, shares_of_samples
 from jddist.distribution.exchange import scale_rows
-from jddist.distribution.fully_shard import FullyShard
+from jddist.distribution.sharded import ShardedColumns
 
 from ._accumulate import add_grads, add_jacs, check_expects_gradients
 from ._arguments import as_tensors
@@ -87,7 +87,7 @@ def mtl_backward(
         RankError: Another rank failed.
     """
     group = involved_distribution(tensors, distribution)
-    if isinstance(group, FullyShard):
+    if isinstance(group, ShardedColumns):
         mtl_on_shards(
             tensors,
             features,

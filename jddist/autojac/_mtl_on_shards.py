@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from jddist.distribution.counts import Count, checked_count, shares_of_samples
-from jddist.distribution.fully_shard import FullyShard
+from jddist.distribution.lockstep import as_plain, check_plain
+from jddist.distribution.sharded import ShardedColumns
 
 from ._accumulate import add_grads, add_jacs, check_expects_gradients
 from ._arguments import as_tensors
 from ._context import default_inputs, task_placement
 from ._differentiate import check_chunk_size
-from ._on_shards import check_parameters, described, task_rows
+from ._on_shards import check_parameters, check_same_objectives, described, task_rows
 from ._tasks import check_disjoint, check_tasks_finite, starting_gradients
 
 
@@ -27,7 +28,7 @@ def mtl_on_shards(
     retain_graph: bool,
     chunk_size: int | None,
     count: Count | None,
-    distribution: FullyShard,
+    distribution: ShardedColumns,
 ) -> None:
     """See ``mtl_backward``."""
     placement = task_placement(distribution)
@@ -39,7 +40,7 @@ def mtl_on_shards(
     shared: list[Parameter] = []
     tasks: list[list[Parameter]] = []
     try:
-        losses = as_tensors(tensors, "tensors")
+        losses = [check_plain(as_plain(t)) for t in as_tensors(tensors, "tensors")]
         shared_from = as_tensors(features, "features")
         counts = checked_count(count, len(losses), placement)
         check_chunk_size(chunk_size)
@@ -70,7 +71,8 @@ def mtl_on_shards(
         info = {"count": counts}
     except Exception as failure:  # raised again on every rank, by the handshake
         error = failure
-    infos = distribution.handshake("mtl_backward", agree, info, error)
+    infos = distribution.by_objectives(distribution.handshake("mtl_backward", agree, info, error))
+    check_same_objectives(losses, distribution)
     shares = shares_of_samples([i["count"] for i in infos], len(losses))
     mine = shares[distribution.group.rank]
     factor = distribution.backward_factor(placement)
@@ -85,6 +87,8 @@ def mtl_on_shards(
     )
     finite = [ok and bool(loss.isfinite().all()) for ok, loss in zip(finite, losses, strict=True)]
     infos = distribution.handshake("the rows of mtl_backward", {}, {"finite": finite})
-    check_tasks_finite([i["finite"] for i in infos], shares)
+    same = distribution.lockstep.group.size
+    of_everyone = [shares[rank // same] for rank in range(len(infos))]
+    check_tasks_finite([i["finite"] for i in infos], of_everyone)
     add_grads(list(gradients), list(gradients.values()))
     add_jacs(list(jacs), list(jacs.values()))

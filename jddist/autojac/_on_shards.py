@@ -1,7 +1,8 @@
 """``backward``, ``jac`` and ``mtl_backward`` towards sharded parameters.
 
-There the wrapper reduces every row and cuts it into columns while it is differentiated, so each row
-is one backward pass in which all ranks take part, and they have to agree before the first one.
+There a row is reduced or communicated in other ways while it is differentiated, and each rank is
+left with its columns. So each row is one pass in which all ranks take part, and they have to agree
+before the first one.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch.distributed.tensor import Placement
 from torch.nn.parameter import Parameter
 
 from jddist.distribution.base import is_sharded
-from jddist.distribution.fully_shard import FullyShard
 from jddist.distribution.row_passes import RowPass
+from jddist.distribution.sharded import ShardedColumns
 
 
-def check_parameters(tensors: Iterable[Tensor], distribution: FullyShard) -> list[Parameter]:
+def check_parameters(tensors: Iterable[Tensor], distribution: ShardedColumns) -> list[Parameter]:
     """The parameters themselves, whatever form the wrapper left them in.
 
     Raises:
@@ -32,17 +33,24 @@ def check_parameters(tensors: Iterable[Tensor], distribution: FullyShard) -> lis
         if parameter not in distribution.names:
             raise ValueError(
                 f"Found a tensor of shape {tuple(parameter.shape)} to differentiate towards that "
-                "is no parameter of the attached model; expected parameters alone, since rows over "
-                "sharded parameters come from the wrapper's own backward."
+                "is no parameter of the attached model; expected parameters alone, since every row "
+                "is a pass of all ranks, towards what all of them know."
             )
     return list(dict.fromkeys(parameters))
 
 
-def described(parameters: Iterable[Parameter], distribution: FullyShard) -> str:
+def described(parameters: Iterable[Parameter], distribution: ShardedColumns) -> str:
     """Parameters in a form that ranks can compare."""
     names = sorted(distribution.names[p] for p in parameters)
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
     return f"{len(names)} with digest {digest}"
+
+
+def check_same_objectives(tensors: Sequence[Tensor], distribution: ShardedColumns) -> None:
+    """Raises LayoutMismatchError unless ranks that run in lockstep have the same objectives."""
+    named = {f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)}
+    coarsest = max((torch.finfo(t.dtype).eps for t in tensors), default=0.0)
+    distribution.lockstep.check_same(named, coarsest**0.5)
 
 
 def rows_of_elements(
@@ -51,7 +59,7 @@ def rows_of_elements(
     parameters: Sequence[Parameter],
     cotangents: Sequence[Tensor] | None,
     placement: Placement,
-    distribution: FullyShard,
+    distribution: ShardedColumns,
     *,
     retain_graph: bool,
     error: Exception | None,
@@ -83,7 +91,8 @@ def rows_of_elements(
         info = {"rows": m}
     except Exception as failure:  # raised again on every rank, by the handshake
         error = failure
-    infos = distribution.handshake(call, agree, info, error)
+    infos = distribution.by_objectives(distribution.handshake(call, agree, info, error))
+    check_same_objectives(outputs, distribution)
     factor = distribution.backward_factor(placement)
     nothing = [torch.zeros_like(o) for o in outputs]
     mine = [RowPass(outputs, start, factor, parameters) for start in _starts(outputs, cotangents)]
@@ -105,7 +114,7 @@ def task_rows(
     shared: Sequence[Parameter],
     tasks: Sequence[Sequence[Parameter]],
     scales: Sequence[float],
-    distribution: FullyShard,
+    distribution: ShardedColumns,
     *,
     retain_graph: bool,
 ) -> tuple[dict[Parameter, Tensor], dict[Parameter, Tensor], list[bool]]:

@@ -71,7 +71,7 @@ def aggregate_over_ranks(
                 check_is_cut(group, jacs)
                 if not isinstance(aggregator, GramianWeightedAggregator):
                     # It may ask where its columns are among all of them.
-                    orders[i] = ColumnOrder(group, distribution.column_group)
+                    orders[i] = ColumnOrder(group, distribution.columns)
             check_same_rows([j for j in jacs if j is not None], "tensors.jac")
             placement = _placement_of(group, distribution)
             info["present"].append([j is not None for j in jacs])
@@ -98,7 +98,7 @@ def aggregate_over_ranks(
         count = counts[distribution.group.rank]
         cut = None
         if distribution.shards_columns:
-            cut = ColumnCut(group, distribution.column_group)
+            cut = ColumnCut(group, distribution.columns)
             rows = cut.columns([jac_of(t) for t in group], count, _common_dtype(group))
         else:
             rows = _local_rows(group, count)

@@ -113,7 +113,7 @@ class _Shard(RankColumns):
         gramian: Tensor | None,
         weights: Tensor | None,
     ) -> None:
-        super().__init__(distribution.column_group, group.total)
+        super().__init__(distribution.columns.group, group.total)
         self._distribution = distribution
         self._gramian = gramian
         self._weights = weights
@@ -148,7 +148,7 @@ def _sum_gramians(
     distribution: Distribution,
 ) -> list[Tensor | None]:
     """All groups' Gramians, and every rank's flags of finite rows, in one all-reduce."""
-    ranks = distribution.column_group
+    ranks = distribution.columns.group
     pieces, sizes = [], []
     for group, shard, ok in zip(groups, shards, finite, strict=True):
         m = group.num_rows

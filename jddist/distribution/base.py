@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,18 @@ from torch.distributed.tensor import Partial, Placement, Shard
 from torch.nn.parameter import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from jddist.errors import LayoutMismatchError
+
 from .collectives import Group
+from .grid import Grid
 from .handshake import Handshake
+from .lockstep import Lockstep
 from .once import Job, run_on_rank_zero
 
 POSSIBLE_PLACEMENTS: tuple[Placement, ...] = (Shard(0), Partial("avg"), Partial("sum"))
+
+# What ranks that have the same objectives tell alike.
+_OF_OBJECTIVES = ("size", "count", "rows", "both")
 
 # The distribution that each attached parameter belongs to.
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -33,10 +41,15 @@ class Distribution:
     Args:
         group: The ranks over which the objectives are spread.
         objectives: The placement that was stated for autojac's rows, or None.
+        everyone: All ranks of the model; by default ``group``.
+        columns: The ranks over which the columns of a row are sharded; by default ``group``.
 
     Attributes:
         group: The ranks over which the objectives are spread.
-        column_group: The ranks over which the columns of a row are sharded.
+        everyone: All ranks of the model. There are more than in ``group`` where several ranks have
+            the same objectives.
+        columns: The ranks over which the columns of a row are sharded.
+        lockstep: The ranks that have this rank's objectives, each with its shards of tensors.
         objectives: The placement stated at ``attach``, or None if none was.
         names: The attached parameters with their names, in the model's order.
         divisor: The number by which the wrapper divides the sum of the ranks' gradients: the
@@ -47,15 +60,44 @@ class Distribution:
 
     shards_columns = False
 
-    def __init__(self, group: Group, objectives: Placement | None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        objectives: Placement | None,
+        *,
+        everyone: Group | None = None,
+        columns: Grid | None = None,
+    ) -> None:
         self.group = group
+        self.everyone = everyone or group
+        self.columns = columns or Grid(group, (group,))
+        self.lockstep = Lockstep()
         self.objectives = None if objectives is None else check_placement(objectives)
         self.divisor: float = group.size
         # Weak: the table of attached parameters owns this object, and must not keep models alive.
         self.names: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.column_group = group
-        self.handshake = Handshake(group)
+        self.handshake = Handshake(self.everyone)
         self.row_placements: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def by_objectives(self, infos: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the ranks of ``group`` told in a handshake, of what everyone told.
+
+        Raises:
+            LayoutMismatchError: Ranks that have the same objectives told of others.
+        """
+        same = self.lockstep.group.size
+        for start in range(0, len(infos), same):
+            told = [
+                {name: info[name] for name in _OF_OBJECTIVES if name in info}
+                for info in infos[start : start + same]
+            ]
+            if any(one != told[0] for one in told):
+                listed = ", ".join(f"rank {start + i}: {one}" for i, one in enumerate(told))
+                raise LayoutMismatchError(
+                    f"Found ranks of one tensor-parallel group with different batches ({listed}); "
+                    "expected the same on each. Use a sampler for the data-parallel ranks alone."
+                )
+        return list(infos[self.everyone.rank % same :: same])
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -120,7 +162,7 @@ class Distribution:
 
     def run_once(self, jobs: Sequence[Job]) -> list[Tensor]:
         """The weights of each job from one run on rank 0, the same on every rank."""
-        return run_on_rank_zero(self.group, jobs)
+        return run_on_rank_zero(self.everyone, jobs)
 
     def register(self, module: nn.Module) -> None:
         """Makes this the distribution of the module's parameters."""

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Shard
 
-from .collectives import Group, column_bounds
+from .grid import Grid, Holding
+from .lockstep import settled, shifted
 
 # Where rows live that are cut as their parameters are.
 COLUMNS = Shard(1)
 
 
-@dataclass(frozen=True, eq=False)
 class ColumnCut:
     """This rank's columns of some tensors, one after the other.
 
-    Of a DTensor they are those of its own shard, of any other tensor, which all ranks hold alike,
-    an equal share.
+    Of a DTensor they are those of its own shard, or its share of a shard that several ranks hold
+    alike; of any other tensor, which all ranks hold alike, an equal share.
 
-    Attributes:
+    Args:
         tensors: The tensors.
-        group: The ranks over which the columns are cut.
+        grid: The ranks over which the columns are cut.
     """
 
-    tensors: Sequence[Tensor]
-    group: Group
+    def __init__(self, tensors: Sequence[Tensor], grid: Grid) -> None:
+        self.tensors = tensors
+        self._grid = grid
+        self._holdings = [Holding(tensor, grid) for tensor in tensors]
 
     @property
     def total(self) -> int:
@@ -38,50 +39,56 @@ class ColumnCut:
     def columns(self, jacs: Sequence[Tensor | None], num_rows: int, dtype: torch.dtype) -> Tensor:
         """The rows' columns at hand: [m, n_r], zeros for tensors without rows."""
         pieces = []
-        for tensor, jac in zip(self.tensors, jacs, strict=True):
+        for tensor, jac, holding in zip(self.tensors, jacs, self._holdings, strict=True):
             if jac is None:
-                piece = tensor.new_zeros(0) if not isinstance(tensor, DTensor) else _local(tensor)
-                piece = piece.new_zeros(num_rows, self._width(tensor), dtype=dtype)
-            elif isinstance(jac, DTensor):
-                piece = _local(jac).reshape(num_rows, self._width(tensor))
+                piece = part_of(tensor).new_zeros(num_rows, holding.width, dtype=dtype)
             else:
-                start, stop = self._bounds(tensor)[self.group.rank]
-                piece = jac.detach().reshape(num_rows, -1)[:, start:stop]
+                start, stop = holding.mine
+                local = part_of(jac.detach())
+                piece = local.reshape(num_rows, local.shape[1:].numel())[:, start:stop]
             pieces.append(piece.to(dtype))
         return torch.cat(pieces, dim=1)
 
     def gradients(self, vector: Tensor) -> list[Tensor]:
         """From every rank's part [n_r] of a vector to gradients like the tensors.
 
-        Those of DTensors need no communication; the others are gathered together.
+        Those of shards need no communication; what several ranks hold alike is gathered.
         """
-        parts = list(vector.split([self._width(t) for t in self.tensors]))
-        whole = [i for i, t in enumerate(self.tensors) if not isinstance(t, DTensor)]
-        if whole and self.group.size > 1:
-            self._gather(parts, whole)
+        parts = list(vector.split([holding.width for holding in self._holdings]))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, holding in enumerate(self._holdings):
+            if holding.alike:
+                alike.setdefault(holding.alike, []).append(i)
+        for dims, indices in alike.items():
+            self._gather(parts, dims, indices)
         return [
             like(tensor, part.reshape(_shape(tensor)).to(tensor.dtype))
             for tensor, part in zip(self.tensors, parts, strict=True)
         ]
 
-    def _gather(self, parts: list[Tensor], whole: Sequence[int]) -> None:
-        """Replaces this rank's share of the tensors at ``whole`` by all of their columns."""
-        bounds = [self._bounds(self.tensors[i]) for i in whole]
-        widths = [[b[r][1] - b[r][0] for b in bounds] for r in range(self.group.size)]
-        flat = torch.cat([parts[i] for i in whole])
-        gathered = self.group.all_gather_uneven(flat, [sum(w) for w in widths])
+    def _gather(self, parts: list[Tensor], dims: Sequence[int], indices: Sequence[int]) -> None:
+        """Replaces this rank's shares of tensors that are alike along some dimensions of the grid
+        by all that the rank holds of them."""
+        group = self._grid.along(dims)
+        if group.size == 1:
+            return
+        bounds = [self._shares(i, dims) for i in indices]
+        widths = [[b[r][1] - b[r][0] for b in bounds] for r in range(group.size)]
+        flat = torch.cat([parts[i] for i in indices])
+        gathered = group.all_gather_uneven(flat, [sum(w) for w in widths])
         of_ranks = [g.split(w) for g, w in zip(gathered, widths, strict=True)]
-        for position, i in enumerate(whole):
+        for position, i in enumerate(indices):
             parts[i] = torch.cat([of_rank[position] for of_rank in of_ranks])
 
-    def _width(self, tensor: Tensor) -> int:
-        if isinstance(tensor, DTensor):
-            return _local(tensor).numel()
-        start, stop = self._bounds(tensor)[self.group.rank]
-        return stop - start
-
-    def _bounds(self, tensor: Tensor) -> list[tuple[int, int]]:
-        return column_bounds(tensor.numel(), self.group.size)
+    def _shares(self, index: int, dims: Sequence[int]) -> list[tuple[int, int]]:
+        """The shares of the ranks that hold the same box as this one, in their order."""
+        grid, holding = self._grid, self._holdings[index]
+        here = grid.coordinate(grid.group.rank)
+        return [
+            holding.share(rank)
+            for rank in range(grid.group.size)
+            if all(a == b or d in dims for d, (a, b) in enumerate(_pairs(here, grid, rank)))
+        ]
 
 
 def check_is_cut(tensors: Sequence[Tensor], jacs: Sequence[Tensor | None]) -> None:
@@ -132,25 +139,20 @@ def rows_like(tensor: Tensor, local: Tensor) -> Tensor:
     )
 
 
-def shifted(tensor: DTensor) -> list[Placement]:
-    """The placements of rows [m, *shape] of a sharded tensor."""
-    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in tensor.placements]
-
-
 def new_rows(tensor: Tensor, num_rows: int) -> Tensor:
     """Zeros [m, *shape of this rank's part]."""
-    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
+    local = part_of(tensor)
     return torch.zeros(num_rows, *local.shape, dtype=local.dtype, device=local.device)
 
 
 def part_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a gradient."""
-    return _local(tensor) if isinstance(tensor, DTensor) else tensor
+    """This rank's part of a tensor."""
+    return settled(tensor.to_local().detach()) if isinstance(tensor, DTensor) else tensor
 
 
 def _shape(tensor: Tensor) -> torch.Size:
-    return _local(tensor).shape if isinstance(tensor, DTensor) else tensor.shape
+    return part_of(tensor).shape
 
 
-def _local(tensor: DTensor) -> Tensor:
-    return tensor.to_local().detach()
+def _pairs(here: Sequence[int], grid: Grid, rank: int) -> list[tuple[int, int]]:
+    return list(zip(here, grid.coordinate(rank), strict=True))

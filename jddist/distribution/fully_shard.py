@@ -1,32 +1,29 @@
 """``fully_shard`` (FSDP2): parameters and the batch are both sharded.
 
 On a mesh of two dimensions (hybrid sharding) the batch is spread over all ranks, and every replica
-cuts the parameters alike: what is summed over columns is summed within a replica.
+cuts the parameters alike: what is summed over columns is summed within a replica. After
+``parallelize_module`` the batch is spread over the first dimension alone, and the ranks along the
+second run one graph in lockstep.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement
 from torch.nn.parameter import Parameter
 
 from jddist.autogram.capture import paused
-from jddist.errors import UnsupportedModelError
 
-from .base import Distribution
-from .collectives import Group
-from .cut import new_rows, rows_like
+from .mesh import ranks_of_fully_shard
 from .row_passes import RowPass, reduced_rows
+from .sharded import ShardedColumns, outermost
 from .unsharding import Unsharding
 
 
-class FullyShard(Distribution):
+class FullyShard(ShardedColumns):
     """Parameters that ``fully_shard`` cuts into shards, one on each rank.
 
     Args:
@@ -37,31 +34,21 @@ class FullyShard(Distribution):
         UnsupportedModelError: The shards are spread in a way that is not supported.
     """
 
-    shards_columns = True
-
     def __init__(self, roots: Sequence[nn.Module], objectives: Placement | None) -> None:
-        below = {child for root in roots for child in root.modules() if child is not root}
-        roots = [root for root in dict.fromkeys(roots) if root not in below]
-        self._roots = [weakref.ref(root) for root in roots]
+        roots = outermost(roots)
         self._unsharding = Unsharding(roots)
-        self._unsharding.reshard()  # after a forward, modules may hold whole parameters
-        mesh = _only_mesh(roots)
-        super().__init__(_all_ranks(mesh), objectives)
-        if mesh.ndim > 1:
-            self.column_group = Group(mesh.get_group(mesh.ndim - 1))
-        for root in roots:
-            self.register(root)
-
-    @property
-    def roots(self) -> list[nn.Module]:
-        """The models that are still alive."""
-        alive = [ref() for ref in self._roots]
-        return [root for root in alive if root is not None]
+        self.put_back()
+        named = [entry for root in roots for entry in root.named_parameters()]
+        super().__init__(roots, objectives, ranks_of_fully_shard(named))
 
     @property
     def reduces(self) -> bool:
         """Whether the next backward reduces gradients over ranks."""
         return self._unsharding.reduces()
+
+    def put_back(self) -> None:
+        """After a forward, modules may hold whole parameters."""
+        self._unsharding.reshard()
 
     def is_own(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor)
@@ -99,10 +86,6 @@ class FullyShard(Distribution):
                 retain_graph=retain_graph,
                 summed=summed,
             )
-
-    def no_rows(self, parameter: Parameter) -> Tensor:
-        """The Jacobian of nothing."""
-        return rows_like(parameter, new_rows(parameter, 0))
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -142,51 +125,3 @@ class FullyShard(Distribution):
                 "FSDPModule.set_gradient_divide_factor."
             )
         return self.divisor if factor is None else factor
-
-
-def _only_mesh(roots: Sequence[nn.Module]) -> DeviceMesh:
-    """The mesh of all sharded parameters.
-
-    Raises:
-        UnsupportedModelError: There are several, or a parameter is not cut once, over the last
-            dimension of the mesh.
-    """
-    meshes: dict[DeviceMesh, None] = {}
-    for root in roots:
-        for name, parameter in root.named_parameters():
-            if not isinstance(parameter, DTensor):
-                continue
-            mesh, placements = parameter.device_mesh, parameter.placements
-            # A strided shard is a type of its own, of which some versions say that it is a Shard.
-            kinds = [type(placement) for placement in placements]
-            if kinds not in ([Shard], [Replicate, Shard]):
-                raise UnsupportedModelError(
-                    f"Found the parameter '{name}' placed as {placements} on a mesh of "
-                    f"{mesh.ndim} dimensions ({mesh.mesh_dim_names}); expected (Shard,), or "
-                    "(Replicate, Shard) for hybrid sharding: tensor parallelism is not supported "
-                    "yet. Use fully_shard alone."
-                )
-            meshes[mesh] = None
-    if len(meshes) != 1:
-        raise UnsupportedModelError(
-            f"Found parameters sharded over {len(meshes)} meshes; expected one mesh for the whole "
-            "model. Pass the same mesh to every fully_shard."
-        )
-    return next(iter(meshes))
-
-
-def _all_ranks(mesh: DeviceMesh) -> Group:
-    """All ranks of the mesh, over which the batch is spread.
-
-    Raises:
-        UnsupportedModelError: They are not all ranks that run, so that there is no group of them.
-    """
-    if mesh.ndim == 1:
-        return Group(mesh.get_group())
-    ranks = mesh.mesh.flatten().tolist()
-    if ranks != list(range(dist.get_world_size())):
-        raise UnsupportedModelError(
-            f"Found hybrid sharding over the ranks {ranks} of {dist.get_world_size()}; expected "
-            "all ranks in order. Use a mesh of one dimension, or one of all ranks."
-        )
-    return Group(dist.group.WORLD)

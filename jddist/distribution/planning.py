@@ -38,6 +38,8 @@ class Plan:
         num_rows: The number of objectives of all ranks m.
         itemsize: Bytes of a number that travels.
         flag_numbers: How many numbers beside it share the all-reduce of the Gramian.
+        everyone: The number of ranks that add up the Gramian, if there are more than W: each of
+            them has some of the columns (tensor parallelism).
     """
 
     steps: tuple[Step, ...]
@@ -45,12 +47,14 @@ class Plan:
     num_rows: int
     itemsize: int
     flag_numbers: int
+    everyone: int = 0
 
     @property
     def gramian_bytes(self) -> float:
         """What each rank sends, once for the whole model, to add up the halves of the Gramian."""
         numbers = self.num_rows * (self.num_rows + 1) // 2 + self.flag_numbers
-        return 2 * (self.size - 1) / self.size * numbers * _GRAMIAN_BYTES
+        size = max(self.size, self.everyone)
+        return 2 * (size - 1) / size * numbers * _GRAMIAN_BYTES
 
     @property
     def bytes_sent(self) -> Tensor:

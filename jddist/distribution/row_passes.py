@@ -118,7 +118,7 @@ def _watched(leaves: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
     flags: list[Tensor] = []
 
     def hook(gradient: Tensor) -> Tensor | None:
-        flags.append(torch.isfinite(gradient).all())
+        flags.append(torch.isfinite(part_of(gradient)).all())
         if scale == 0.0:
             return torch.zeros_like(gradient)
         return None if scale == 1.0 else gradient * scale

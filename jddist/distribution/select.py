@@ -17,6 +17,7 @@ from .base import Distribution, all_attached, attached_distribution
 from .data_parallel import DataParallel
 from .fully_shard import FullyShard
 from .local import Local
+from .tensor_parallel import TensorParallel
 
 
 def num_ranks() -> int:
@@ -41,6 +42,7 @@ def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distri
     modules = list(modules)
     wrappers: dict[DistributedDataParallel, None] = {}
     shards = False
+    tensors = any(isinstance(p, DTensor) for root in modules for p in root.parameters())
     for root in modules:
         _refuse_unsupported(root)
         for module in root.modules():
@@ -54,8 +56,10 @@ def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distri
                 "Found modules in DistributedDataParallel and modules in fully_shard; expected one "
                 "kind of wrapper. Use fully_shard for the whole model."
             )
-        return _sharded(modules, objectives)
-    _refuse_sharded(p for root in modules for p in root.parameters())
+        return _sharded(modules, objectives, FullyShard)
+    _refuse_tensor_parallel(wrappers)
+    if tensors:
+        return _sharded(modules, objectives, TensorParallel)
     if not wrappers:
         return None
     distribution = _attached_already(wrappers, objectives) or DataParallel(
@@ -95,9 +99,10 @@ def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) ->
         UnattachedParameterError: Several ranks run and a parameter belongs to none.
         ValueError: The parameters belong to different distributions.
     """
-    if given is not None:
-        return given
     parameters = originals(parameters)
+    if given is not None:
+        _check_is_local(parameters, given)
+        return given
     if not parameters and num_ranks() > 1:
         # A call with wrong arguments: the others have to hear of it all the same.
         only = {id(d): d for d in all_attached()}
@@ -123,6 +128,15 @@ def distribution_of(parameters: Iterable[Tensor], given: Distribution | None) ->
     return next(iter(known.values()), None) or Local()
 
 
+def _check_is_local(parameters: Iterable[Tensor], given: Distribution) -> None:
+    """Raises ValueError if ranks that are meant to work alone hold parts of parameters."""
+    if isinstance(given, Local) and any(isinstance(p, DTensor) for p in parameters):
+        raise ValueError(
+            "Found distribution=Local() and a parameter that is a DTensor; expected plain ones, "
+            "since a rank alone does not have all columns. Leave out distribution=."
+        )
+
+
 def _attached_already(
     wrappers: Iterable[DistributedDataParallel], objectives: Placement | None
 ) -> DataParallel | None:
@@ -139,16 +153,19 @@ def _attached_already(
     return distribution
 
 
-def _sharded(modules: list[nn.Module], objectives: Placement | None) -> FullyShard:
+def _sharded(
+    modules: list[nn.Module], objectives: Placement | None, kind: type[FullyShard | TensorParallel]
+) -> FullyShard | TensorParallel:
     """The distribution of an earlier ``attach`` of the same models, or a new one."""
     for distribution in all_attached():
-        if not isinstance(distribution, FullyShard):
+        if not isinstance(distribution, kind):
             continue
         known = {m for root in distribution.roots for m in root.modules()}
         stated = objectives in (None, distribution.objectives)
         if stated and all(root in known for root in modules):
+            distribution.put_back()
             return distribution
-    return FullyShard(modules, objectives)
+    return kind(modules, objectives)
 
 
 def _refuse_unsupported(module: nn.Module) -> None:
@@ -168,16 +185,22 @@ def _refuse_unsupported(module: nn.Module) -> None:
     else:
         return
     raise UnsupportedModelError(
-        f"Found a model wrapped in {found}; expected a plain model, DistributedDataParallel "
-        f"or fully_shard, which are the wrappers supported so far. {fix}"
+        f"Found a model wrapped in {found}; expected a plain model, DistributedDataParallel, "
+        "fully_shard, or layers of parallelize_module, which are what is supported so far. "
+        f"{fix}"
     )
 
 
-def _refuse_sharded(parameters: Iterable[Tensor]) -> None:
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
+def _refuse_tensor_parallel(wrappers: Iterable[DistributedDataParallel]) -> None:
+    """Refuses DDP over tensor-parallel layers: with its ``device_mesh``, torch (2.13) takes their
+    parameters out of the modules at the first forward and never puts them back."""
+    for wrapper in wrappers:
+        module = wrapper.module
+        held = any(isinstance(v, DTensor) for m in module.modules() for v in vars(m).values())
+        if held or any(hasattr(p, "_st_info") for p in module.parameters()):
             raise UnsupportedModelError(
-                "Found a parameter that is a DTensor outside of fully_shard; expected plain "
-                "parameters: tensor parallelism is not supported yet. Use fully_shard or "
-                "DistributedDataParallel."
+                "Found DistributedDataParallel around layers of parallelize_module; expected "
+                "fully_shard, since DistributedDataParallel leaves such layers without parameters "
+                "after the first forward, and model.parameters() without them. Call "
+                'fully_shard(..., mesh=mesh["dp"]) on the modules instead.'
             )

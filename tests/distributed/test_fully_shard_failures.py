@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Partial
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from jddist import attach
 from jddist.aggregation import Mean, UPGrad, UPGradWeighting
@@ -244,15 +242,6 @@ def _refusals(rank: int, world_size: int) -> dict[str, str]:
         fully_shard(model[1], mesh=mesh)
         return model
 
-    def tensor_parallel() -> nn.Module:
-        return parallelize_module(make_network(), mesh, {"first": ColwiseParallel()})
-
-    def two_dimensions() -> nn.Module:
-        square = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("fsdp", "tp"))
-        model = make_network()
-        parallelize_module(model, square["tp"], {"first": ColwiseParallel()})
-        return shard(model, [], mesh=square["fsdp"])
-
     def fsdp1() -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated
@@ -261,8 +250,6 @@ def _refusals(rank: int, world_size: int) -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "plain parameters": lambda: Engine(partly(), batch_dim=0),
         "two wrappers": lambda: attach(both()),
-        "TP": lambda: attach(tensor_parallel()),
-        "FSDP x TP": lambda: attach(two_dimensions()),
         "FSDP1": lambda: attach(fsdp1()),
     }
     return {name: _message(call) for name, call in calls.items()}
@@ -272,8 +259,6 @@ REFUSED = {
     "plain parameters": "UnsupportedModelError: Found trainable parameters that are not sharded: "
     "norm.weight",
     "two wrappers": "UnsupportedModelError: Found modules in DistributedDataParallel and",
-    "TP": "UnsupportedModelError: Found a parameter that is a DTensor outside of fully_shard",
-    "FSDP x TP": "UnsupportedModelError: Found the parameter",
     "FSDP1": "UnsupportedModelError: Found a model wrapped in FSDP1",
 }
 
