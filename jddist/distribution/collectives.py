@@ -6,6 +6,7 @@ With one rank every operation is the identity, so one process takes the same pat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,12 @@ class Group:
             # Row counts, shapes and error messages travel between hosts' memories: over NCCL they
             # would cost a device synchronisation each.
             ranks = dist.get_process_group_ranks(process_group)
-            self._control = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self._control = dist.new_group(
+                ranks,
+                backend="gloo",
+                timeout=timeout_of(process_group),
+                use_local_synchronization=True,
+            )
 
     def gather_header(self, header: Tensor) -> Tensor:
         """Every rank's int64 CPU vector [h], stacked: [W, h]."""
@@ -166,6 +172,16 @@ class Group:
             return columns
         widths = [stop - start for start, stop in column_bounds(total, self.size)]
         return torch.cat(self.all_gather_uneven(columns, widths))
+
+
+def timeout_of(process_group: dist.ProcessGroup | None) -> timedelta | None:
+    """After what time the collectives of a group give up; None where torch does not say."""
+    try:
+        backend = process_group._get_backend(process_group._device_types[0])  # type: ignore
+        found = backend.options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, timedelta) else None
 
 
 def column_bounds(total: int, parts: int) -> list[tuple[int, int]]:

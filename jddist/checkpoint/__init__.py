@@ -1,0 +1,5 @@
+"""Checkpoints of a whole training run that survive kills, full disks and other numbers of ranks."""
+
+from ._checkpointer import Checkpointer, Loaded
+
+__all__ = ["Checkpointer", "Loaded"]
