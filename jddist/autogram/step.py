@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jddist._progress import enter
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.exchange import describe
@@ -104,6 +105,7 @@ class Step:
                 "Found no Gramian to which the weights could belong; expected a call of "
                 "compute_gramian (or backward) first."
             )
+        enter("backward")
         factor = self.contributor.distribution.backward_factor(self.contributor.placement)
         local = self.agreed.layout.local_part(weights.detach())
         return (local * factor).to(self.agreed.dtype)
