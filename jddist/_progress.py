@@ -51,10 +51,6 @@ class Progress:
         if self.stage not in ("forward", "checkpoint") and _graph_task() == -1:
             self.enter("forward")
 
-    def set_step(self, step: int) -> None:
-        """Goes on counting from here."""
-        self.step = step
-
 
 progress = Progress()
 enter = progress.enter

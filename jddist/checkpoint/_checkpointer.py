@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
+from jddist._progress import enter, progress
 from jddist._version import __version__
 from jddist.errors import CheckpointError
 
@@ -158,6 +159,7 @@ class Checkpointer:
                 rank; the checkpoints before are untouched, and training may go on.
         """
         self.wait()
+        enter("checkpoint")
         snapshots: list[_Snapshot] = []
 
         def capture() -> str:
@@ -178,12 +180,14 @@ class Checkpointer:
         (snapshot,) = snapshots
         if wait:
             self._write(snapshot)
+            enter("forward")
             return
         stager = DefaultStager(StagingOptions(False, False, False, False))
         staged = stager.stage(snapshot.tensors)
         stager.close()
         assert isinstance(staged, dict)
         self._pending = self._worker.submit(self._write, replace(snapshot, tensors=staged))
+        enter("forward")
 
     def wait(self) -> None:
         """Returns when the save in the background, if any, is on the disk.
@@ -219,6 +223,7 @@ class Checkpointer:
                 every rank.
         """
         self.wait()
+        enter("checkpoint")
         names = self._ranks.run_on_first("Looking for checkpoints", self._directory.names)
         skipped: dict[str, str] = {}
         for name in names:
@@ -248,6 +253,7 @@ class Checkpointer:
             CheckpointError: It is damaged, or of another model. The same on every rank.
         """
         self.wait()
+        enter("checkpoint")
         return self._load(name, self._checked(name), {})
 
     def _write(self, snapshot: _Snapshot) -> Path:
@@ -340,6 +346,8 @@ class Checkpointer:
             self._resume_random(path, manifest)
 
         ranks.run(what, apply)
+        progress.step = manifest["step"]
+        enter("forward")
         return Loaded(manifest["step"], manifest["position"], path, skipped)
 
     def _resume_random(self, path: Path, manifest: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ def checked_count(
     """``count`` as one number per objective.
 
     Raises:
-        ValueError: It is negative or not finite, has the wrong length, or objectives are no means over ranks.
+        ValueError: It is negative or not finite, has the wrong length, or objectives are no means
+            over ranks.
     """
     if count is None:
         return None
@@ -32,8 +33,8 @@ def checked_count(
     counts = [values] * num_objectives if isinstance(values, int | float) else list(values)
     if len(counts) != num_objectives or not all(0 <= c < inf for c in counts):
         raise ValueError(
-            f"Found count={count!r}; expected one finite, non-negative number, or one for each of the "
-            f"{num_objectives} objectives."
+            f"Found count={count!r}; expected one finite, non-negative number, or one for each of "
+            f"the {num_objectives} objectives."
         )
     return [float(c) for c in counts]
 

@@ -13,8 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 from jddist.aggregation import UPGradWeighting
 from jddist.autogram import Engine
 from jddist.distribution.collectives import Group
+from jddist.distribution.triangle import pack_lower
 from tests._ranks import run_ranks
-from tests.distributed._training import LOSSES, local_part, make_data, make_network, wrap
+from tests.distributed._training import (
+    LOSSES,
+    SAMPLES,
+    local_part,
+    make_data,
+    make_network,
+    wrap,
+)
 
 NAN = float("nan")
 Scenario = Callable[[DistributedDataParallel, Tensor, bool, pytest.MonkeyPatch], object]
@@ -50,7 +58,8 @@ def _exchange(
 
     def broken(group: Group, tensor: Tensor) -> Tensor:
         if culprit:
-            tensor.view(-1)[1] = NAN  # of the packed Gramian: not of its diagonal
+            packed = pack_lower(torch.arange(SAMPLES**2).view(SAMPLES, SAMPLES)).tolist()
+            tensor[packed.index(SAMPLES * 4 + 1)] = NAN  # not on the diagonal
         return all_reduce(group, tensor)
 
     losses = _losses(ddp, x)
@@ -86,7 +95,7 @@ def _broadcast(
 SCENARIOS: dict[str, tuple[Scenario, str, str]] = {
     "forward": (_forward, "NonFiniteObjectiveError", "rank 1"),
     "handshake": (_handshake, "RankError", "rank 1"),
-    "exchange": (_exchange, "NonFiniteObjectiveError", "rank 0"),
+    "exchange": (_exchange, "NonFiniteObjectiveError", "1 (rank 0), objective 4 (rank 1)"),
     "weighting": (_weighting, "RankError", "NaN or infinity among the weights of weights"),
     "broadcast": (_broadcast, "RankError", "came from rank 0"),
 }
