@@ -29,3 +29,11 @@ class UnsupportedModelError(JddistError, ValueError):
 
 class ModifiedInputError(JddistError, RuntimeError):
     """A tensor that a layer had read was changed in place before the Gramian was computed."""
+
+
+class CheckpointError(JddistError, RuntimeError):
+    """A checkpoint could not be written or read. The checkpoints before it are untouched."""
+
+
+class StalledRankError(RankError):
+    """A rank died, hangs or stopped, and the others waited in vain (it names rank and stage)."""

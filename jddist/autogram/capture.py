@@ -18,6 +18,8 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from jddist._progress import progress
+
 from .record import AutocastSnapshot, CallRecord, RngSnapshot
 
 _METADATA_KEY = "jddist"
@@ -114,6 +116,7 @@ class _Tap:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _taps.get(module) is self and not _paused:
+            progress.enter_forward()
             self.release_passed()
         if self._is_idle(module):
             return

@@ -305,9 +305,10 @@ class Engine:
                 blocks = agreed.blocks
                 gramian = self._step.gramian(output, agreed, scale)
                 weights = self._step.weights(gramian, weighting_or_weights, scale)
-            self._step.write_gradients(
-                output, blocks, weights, retain_graph=retain_graph, backward=backward
-            )
+            with self._contributor.distribution.last_stage():
+                self._step.write_gradients(
+                    output, blocks, weights, retain_graph=retain_graph, backward=backward
+                )
         finally:
             for block in blocks:
                 if block is not None:

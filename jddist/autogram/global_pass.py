@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
+from jddist._progress import enter
 from jddist.distribution.base import Distribution, is_average, is_sharded
 from jddist.distribution.counts import shares_of_samples
 from jddist.distribution.exchange import (
@@ -176,6 +177,7 @@ def gramian(
     prefer: Prefer = "bytes",
 ) -> GramianParts:
     """The global Gramian in the engine's order of rows."""
+    enter("exchange")
     group, everyone, device = distribution.group, distribution.everyone, output.device
     entries = table.entries
     columns = [distribution.lockstep.numel(e.parameter) for e in entries]
@@ -220,11 +222,12 @@ def gramian(
     half = pack_lower(values)
     buffer = torch.cat([half, flags.reshape(-1)])
     everyone.all_reduce(buffer)
-    values = unpack_lower(buffer[: len(half)], m)
+    values = mirror_(unpack_lower(buffer[: len(half)], m))
     flags = buffer[len(half) :].view(flags.shape) > 0
     if layout.sharded:
-        flags = flags | ~torch.isfinite(values.diagonal())
-    return GramianParts(mirror_(values), flags, exchange)
+        # Products of finite rows are finite, but for what an exchange made of them.
+        flags = flags | ~torch.isfinite(values).all(dim=1)
+    return GramianParts(values, flags, exchange)
 
 
 def planned(

@@ -101,9 +101,10 @@ class Joining:
         gramian = self.step.gramian(joined.output, agreed, accumulation.scale)
         weights = self.step.weights(gramian, accumulation.weighting, accumulation.scale)
         accumulation.weights = weights
-        if self.step.skip:
-            self.step.reduce_accumulated()
-            return
-        local_weights = joined.weights_of_batches(self.step.local_weights(weights))
-        torch.autograd.backward(joined.outputs, local_weights)
+        with contributor.distribution.last_stage():
+            if self.step.skip:
+                self.step.reduce_accumulated()
+                return
+            local_weights = joined.weights_of_batches(self.step.local_weights(weights))
+            torch.autograd.backward(joined.outputs, local_weights)
         self.step.capture.release_passed()

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from jddist._progress import enter
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.aggregation._losses import stated_losses
 from jddist.aggregation._weightings import check_takes_gramians
@@ -110,6 +111,7 @@ class Step:
                 "Found no Gramian to which the weights could belong; expected a call of "
                 "compute_gramian (or backward) first."
             )
+        enter("backward")
         factor = self.contributor.distribution.backward_factor(self.contributor.placement)
         local = self.agreed.layout.local_part(weights.detach())
         return (local * factor).to(self.agreed.dtype)

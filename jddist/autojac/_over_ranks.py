@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
+from jddist._progress import enter
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._columns import settings_of
 from jddist.aggregation._losses import stated_losses
@@ -106,6 +107,7 @@ def aggregate_over_ranks(
         if not retain_jac:
             free_jacs(group)
     results = aggregate(row_groups, distribution, call_aggregator)
+    enter("forward")
     for group, row_group, (vector, _) in zip(groups, row_groups, results, strict=True):
         if row_group.cut is not None:
             add_grads(group, row_group.cut.gradients(vector))

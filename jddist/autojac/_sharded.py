@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
+from jddist._progress import enter
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._columns import acting_on
 from jddist.distribution.base import Distribution, is_average, is_sharded
@@ -77,6 +78,7 @@ def aggregate(
         NonFiniteObjectiveError: A row is NaN or infinite, on any rank.
         RankError: A weighting failed on rank 0.
     """
+    enter("exchange")
     finite = [torch.isfinite(group.rows).all(dim=1) for group in groups]
     shards = [_column_shard(group, distribution) for group in groups]
     gramians = _sum_gramians(groups, shards, finite, distribution)
@@ -88,6 +90,7 @@ def aggregate(
             continue
         with acting_on(_Shard(group, distribution, gramian, weight)):
             results.append(_call(group, shard, call))
+    enter("backward")
     vectors = _gather(groups, [vector for vector, _ in results], distribution)
     return [(vector, w) for vector, (_, w) in zip(vectors, results, strict=True)]
 

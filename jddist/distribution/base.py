@@ -18,6 +18,7 @@ from torch.distributed.tensor import Partial, Placement, Shard
 from torch.nn.parameter import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from jddist._progress import enter
 from jddist.errors import LayoutMismatchError
 
 from .collectives import Group
@@ -106,6 +107,14 @@ class Distribution:
         It may communicate, so every rank has to enter it, whatever it runs into inside.
         """
         yield
+
+    @contextmanager
+    def last_stage(self) -> Iterator[None]:
+        """The stage in which gradients are written, also by the wrapper; it ends the step."""
+        enter("backward")
+        with self.group.naming():
+            yield
+        enter("forward")
 
     def leaves(self) -> dict[Parameter, Tensor]:
         """Which tensor stands for a parameter in the autograd graph, if it is another one."""

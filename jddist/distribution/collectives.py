@@ -6,10 +6,14 @@ With one rank every operation is the identity, so one process takes the same pat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import stalls
 
 # torch 2.13 renamed these two; older versions have the old names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -32,14 +36,30 @@ class Group:
             # Row counts, shapes and error messages travel between hosts' memories: over NCCL they
             # would cost a device synchronisation each.
             ranks = dist.get_process_group_ranks(process_group)
-            self._control = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self._control = dist.new_group(
+                ranks,
+                backend="gloo",
+                timeout=timeout_of(process_group),
+                use_local_synchronization=True,
+            )
+        self._members: list[int] = []
+        if self.size > 1:
+            assert process_group is not None
+            self._members = dist.get_process_group_ranks(process_group)
+            timeout = timeout_of(process_group)
+            stalls.start(None if timeout is None else timeout.total_seconds())
+
+    def naming(self) -> AbstractContextManager[None]:
+        """Within this context, a collective that fails names the rank that lags, and its stage."""
+        return stalls.naming(self._members)
 
     def gather_header(self, header: Tensor) -> Tensor:
         """Every rank's int64 CPU vector [h], stacked: [W, h]."""
         if self.size == 1:
             return header.unsqueeze(0)
         gathered = header.new_empty(self.size * len(header))
-        _all_gather(gathered, header, group=self._control)
+        with self.naming():
+            _all_gather(gathered, header, group=self._control)
         return gathered.view(self.size, -1)
 
     def gather_payloads(self, payload: bytes, lengths: Sequence[int]) -> list[bytes]:
@@ -49,7 +69,8 @@ class Group:
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         gathered = torch.empty(self.size * len(padded), dtype=torch.uint8)
-        _all_gather(gathered, padded, group=self._control)
+        with self.naming():
+            _all_gather(gathered, padded, group=self._control)
         rows = gathered.view(self.size, -1)
         return [row[:n].numpy().tobytes() for row, n in zip(rows, lengths, strict=True)]
 
@@ -61,19 +82,22 @@ class Group:
         buffer = torch.zeros(length, dtype=torch.uint8)
         if payload is not None:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(buffer, group=self._control, group_src=0)
+        with self.naming():
+            dist.broadcast(buffer, group=self._control, group_src=0)
         return buffer.numpy().tobytes()
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, group=self.process_group, group_src=0)
+            with self.naming():
+                dist.broadcast(tensor, group=self.process_group, group_src=0)
         return tensor
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.process_group)
+            with self.naming():
+                dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def all_gather_uneven(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
@@ -89,7 +113,8 @@ class Group:
             padded = tensor.new_zeros(longest)
             padded[: len(tensor)] = tensor
         gathered = tensor.new_empty(self.size * longest)
-        _all_gather(gathered, padded.contiguous(), group=self.process_group)
+        with self.naming():
+            _all_gather(gathered, padded.contiguous(), group=self.process_group)
         return [row[:n] for row, n in zip(gathered.view(self.size, -1), lengths, strict=True)]
 
     def exchange(self, sent: Sequence[Tensor], lengths: Sequence[int]) -> Callable[[], Tensor]:
@@ -107,17 +132,19 @@ class Group:
         parts = [part for part in sent if len(part)]
         joined = parts[0] if len(parts) == 1 else torch.cat(list(sent))
         received = joined.new_empty(sum(lengths))
-        work = dist.all_to_all_single(
-            received,
-            joined,
-            list(lengths),
-            [len(part) for part in sent],
-            group=self.process_group,
-            async_op=True,
-        )
+        with self.naming():
+            work = dist.all_to_all_single(
+                received,
+                joined,
+                list(lengths),
+                [len(part) for part in sent],
+                group=self.process_group,
+                async_op=True,
+            )
 
         def wait() -> Tensor:
-            work.wait()
+            with self.naming():
+                work.wait()
             return received
 
         return wait
@@ -127,7 +154,8 @@ class Group:
         if self.size == 1:
             return parts[0]
         received = torch.empty_like(parts[0])
-        _reduce_scatter(received.view(-1), parts.reshape(-1), group=self.process_group)
+        with self.naming():
+            _reduce_scatter(received.view(-1), parts.reshape(-1), group=self.process_group)
         return received
 
     def rows_to_columns(self, rows: Tensor, row_counts: Sequence[int]) -> Tensor:
@@ -166,6 +194,16 @@ class Group:
             return columns
         widths = [stop - start for start, stop in column_bounds(total, self.size)]
         return torch.cat(self.all_gather_uneven(columns, widths))
+
+
+def timeout_of(process_group: dist.ProcessGroup | None) -> timedelta | None:
+    """After what time the collectives of a group give up; None where torch does not say."""
+    try:
+        backend = process_group._get_backend(process_group._device_types[0])  # type: ignore
+        found = backend.options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, timedelta) else None
 
 
 def column_bounds(total: int, parts: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from torch import Tensor
 from torch.distributed.tensor import Placement
@@ -18,7 +19,8 @@ def checked_count(
     """``count`` as one number per objective.
 
     Raises:
-        ValueError: It is negative, has the wrong length, or objectives are no means over ranks.
+        ValueError: It is negative or not finite, has the wrong length, or objectives are no means
+            over ranks.
     """
     if count is None:
         return None
@@ -29,10 +31,10 @@ def checked_count(
         )
     values = count.reshape(-1).tolist() if isinstance(count, Tensor) else count
     counts = [values] * num_objectives if isinstance(values, int | float) else list(values)
-    if len(counts) != num_objectives or any(c < 0 for c in counts):
+    if len(counts) != num_objectives or not all(0 <= c < inf for c in counts):
         raise ValueError(
-            f"Found count={count!r}; expected one non-negative number, or one for each of the "
-            f"{num_objectives} objectives."
+            f"Found count={count!r}; expected one finite, non-negative number, or one for each of "
+            f"the {num_objectives} objectives."
         )
     return [float(c) for c in counts]
 

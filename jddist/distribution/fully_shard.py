@@ -77,7 +77,7 @@ class FullyShard(ShardedColumns):
     ) -> tuple[dict[Parameter, Tensor], list[bool]]:
         """Rows by one backward pass each; every rank has to call. See ``reduced_rows``."""
         divisor = self._divide_factor()
-        with paused():
+        with self.group.naming(), paused():
             return reduced_rows(
                 passes,
                 self.leaves(),
@@ -92,7 +92,7 @@ class FullyShard(ShardedColumns):
         """Every rank has to enter: all parameters are gathered, once, before anything else."""
         # A rank that is in another call would otherwise take part in the wrong collective.
         self.handshake("a pass over sharded parameters", {}, {})
-        with self._unsharding.whole():
+        with self.group.naming(), self._unsharding.whole():
             yield
 
     def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from jddist._progress import enter
 from jddist.errors import LayoutMismatchError, RankError
 
 from .collectives import Group
@@ -61,6 +62,7 @@ class Handshake:
             if error is not None:
                 raise error
             return [dict(info)]
+        enter("handshake")
         message = "" if error is None else f"{type(error).__name__}: {error}"
         content = {"call": call, "agree": dict(agree), "info": dict(info), "error": message}
         payload = json.dumps(content, sort_keys=True).encode()

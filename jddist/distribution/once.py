@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from jddist._progress import enter
 from jddist._seeded import draws_from_own_generator
 from jddist._stateful import Stateful
 from jddist.errors import RankError
@@ -54,7 +55,7 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
     Raises:
         RankError: A weighting raised on rank 0 (with several ranks; alone, its own error).
         LayoutMismatchError: Rank 0 deals out its work, and some rank has another weighting.
-        ValueError: A weighting returned weights of another shape.
+        ValueError: A weighting returned weights of another shape, or that are not finite (alone).
     """
     if group.size == 1:
         return [_checked(job, job.weighting(job.statistic)) for job in jobs]
@@ -64,6 +65,7 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
     buffer = torch.zeros(2 + sum(counts), dtype=torch.float64, device=device)
     parts = buffer[2:].split(counts)
     payload, failure = b"", None
+    enter("weighting" if group.rank == 0 else "broadcast")
     if group.rank == 0:
         deals = [is_dealt(job.weighting, job.shape.numel()) for job in jobs]
         dealt: list[Tensor | None] = [None] * len(jobs)
@@ -82,6 +84,7 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
             payload = f"{type(error).__name__}: {error}".encode()
             buffer[0] = _FAILED
         buffer[1] = len(payload)
+        enter("broadcast")
     group.broadcast(buffer)
     if buffer[0] == _DEALS:
         _run_dealt(group, jobs, [bool(part.any()) for part in parts])
@@ -91,6 +94,12 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
         payload = group.broadcast_payload(payload if group.rank == 0 else None, length)
     if failed:
         raise RankError(f"The weighting failed on rank 0: {payload.decode()}") from failure
+    if not bool(torch.isfinite(buffer[2:]).all()):
+        raise RankError(
+            "Found NaN or infinity among the weights that came from rank 0, where they were "
+            "finite; expected them as they were sent. No .grad was written. Look at the network "
+            "and the memory of this machine."
+        )
     if length and group.rank != 0:
         _apply(payload, jobs, device)
     return [
@@ -105,7 +114,17 @@ def _checked(job: Job, weights: Tensor) -> Tensor:
             f"Found weights of shape {tuple(weights.shape)}; expected {tuple(job.shape)}, one "
             "weight per objective."
         )
+    if not bool(torch.isfinite(weights).all()):
+        raise ValueError(
+            f"Found NaN or infinity among the weights of {_name(job.weighting)}; expected finite "
+            "ones. Take a method that suits this Gramian (see docs/methods.md on ill-conditioned "
+            "ones)."
+        )
     return weights
+
+
+def _name(weighting: Callable[[Tensor], Tensor]) -> str:
+    return getattr(weighting, "__name__", type(weighting).__name__)
 
 
 def _run_dealt(group: Group, jobs: Sequence[Job], deals: Sequence[bool]) -> list[Tensor | None]:

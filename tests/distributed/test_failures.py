@@ -94,9 +94,7 @@ def _other_weights(
     return engine.backward(_losses(ddp, x), torch.ones(8 if culprit else 9, dtype=x.dtype))
 
 
-def _other_losses(
-    engine: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool
-) -> object:
+def _other_losses(engine: Engine, ddp: DistributedDataParallel, x: Tensor, culprit: bool) -> object:
     losses, weighting = ddp(x).pow(2).mean(0), GradNormWeighting()
     weighting.set_losses(torch.full((4,), 2.0 if culprit else 1.0))
     return Engine(ddp, batch_dim=None).backward(losses, weighting)

@@ -1,0 +1,130 @@
+"""A rank that raises, hangs, dies or leaves at a stage: every other rank says which, and where."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from jddist._progress import progress
+from jddist.aggregation import UPGradWeighting
+from jddist.autogram import Engine
+from tests.distributed._sharded import make_mesh, make_tied, shard
+from tests.distributed._training import LOSSES, local_part, make_data, make_network, wrap
+from tests.faults._survivors import Outcome, fault, run_to_the_end
+
+TIMEOUT = 4.0
+STEP = 2
+STAGES = ("forward", "handshake", "exchange", "weighting", "broadcast", "backward")
+WORLD = 3
+
+
+def _losses(model: torch.nn.Module, rank: int, world_size: int) -> Tensor:
+    x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+    return LOSSES["instance"](model(x), y)
+
+
+def _train(rank: int, world_size: int, kind: str, stage: str, culprit: int, form: str) -> None:
+    """Steps, of which one goes wrong on one rank as soon as it has entered the stage."""
+    if form == "fully_shard":
+        model = make_tied()
+        shard(model, [model.first, model.narrow], mesh=make_mesh())
+    else:
+        # With views of its buckets, DDP's own reducer does the last stage.
+        model = wrap(make_network(), gradient_as_bucket_view=form != "book-keeping")
+    engine = Engine(model, batch_dim=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tell = progress.listener
+    assert tell is not None
+
+    def listener() -> None:
+        tell()
+        if rank == culprit and (progress.step, progress.stage) == (STEP, stage):
+            fault(kind)
+
+    progress.listener = listener
+    for _ in range(STEP + 3):
+        optimizer.zero_grad()
+        losses = _losses(model, rank, world_size)
+        if form == "bare":
+            gramian = engine.compute_gramian(losses)
+            weights = engine.compute_weights(gramian, UPGradWeighting())
+            losses.backward(engine.local_weights(weights))
+        else:
+            engine.backward(losses, UPGradWeighting())
+        optimizer.step()
+
+
+def _check(outcomes: list[Outcome], kind: str, stage: str, form: str) -> None:
+    culprit = _culprit(stage)
+    # Collectives of the wrapper's, in code of the user's: torch's error, and ours in the log.
+    bare = form in ("bare", "fully_shard")
+    words = {
+        "dies": "dead",
+        "hangs": "stopped",
+        "raises": "ended by ValueError: boom",
+        "leaves": "dead",  # the harness leaves without Python's own end
+    }
+    for rank, outcome in enumerate(outcomes):
+        if rank == culprit:
+            assert outcome.kind == {"raises": "ValueError", "leaves": "SystemExit"}.get(
+                kind, "killed"
+            )
+            continue
+        told = outcome.message
+        if bare and outcome.kind == "RuntimeError":
+            told = outcome.log
+        else:
+            assert outcome.kind == "StalledRankError", outcome
+        assert f"rank {culprit} {words[kind]}" in told, outcome
+        assert f"in step {STEP}, {stage}" in told, outcome
+        limit = TIMEOUT + 4 if kind == "hangs" else 6
+        assert outcome.seconds < limit, outcome
+
+
+def _culprit(stage: str) -> int:
+    return 0 if stage == "weighting" else 1  # only rank 0 weighs
+
+
+DEFAULT = [
+    *(("dies", stage, "book-keeping") for stage in STAGES),
+    ("hangs", "forward", "book-keeping"),
+    ("hangs", "backward", "reducer"),
+    ("hangs", "backward", "bare"),
+    ("raises", "forward", "fully_shard"),
+    ("raises", "exchange", "reducer"),
+    ("leaves", "forward", "book-keeping"),
+]
+ALL = [
+    (kind, stage, form)
+    for kind in ("dies", "hangs", "raises", "leaves")
+    for stage in STAGES
+    for form in ("book-keeping", "reducer", "bare", "fully_shard")
+]
+
+
+def _run(case: tuple[str, str, str]) -> list[Outcome]:
+    kind, stage, form = case
+    return run_to_the_end(_train, WORLD, kind, stage, _culprit(stage), form, timeout=TIMEOUT)
+
+
+def _run_all(cases: list[tuple[str, str, str]]) -> None:
+    # Most of the time they wait.
+    with ThreadPoolExecutor(3) as pool:
+        for case, outcomes in zip(cases, pool.map(_run, cases), strict=True):
+            try:
+                _check(outcomes, *case)
+            except AssertionError as error:
+                error.add_note(f"in the case {case}")
+                raise
+
+
+def test_every_survivor_names_the_rank_and_its_stage() -> None:
+    _run_all(DEFAULT)
+
+
+@pytest.mark.slow
+def test_every_survivor_names_the_rank_and_its_stage_in_all_cases() -> None:
+    _run_all(ALL)
