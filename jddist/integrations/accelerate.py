@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from jddist.autogram import Engine
-from jddist.autogram.engine import Weigher
+from jddist.autogram.step import Weigher
 from jddist.distribution.counts import Count
 
 from ._extra import require

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from jddist.autogram import Engine
-from jddist.autogram.engine import Weigher
+from jddist.autogram.step import Weigher
 from jddist.distribution.counts import Count
 from jddist.errors import UnsupportedModelError
 

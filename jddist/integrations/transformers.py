@@ -22,7 +22,7 @@ from torch.distributed.tensor import Placement
 from torch.nn.functional import cross_entropy
 
 from jddist.autogram import Engine
-from jddist.autogram.engine import Weigher
+from jddist.autogram.step import Weigher
 from jddist.distribution.counts import Count
 
 from ._extra import require
