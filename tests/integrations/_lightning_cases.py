@@ -72,9 +72,9 @@ def run(rank: int, world_size: int) -> dict[str, Any]:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        # Lightning on how many workers a loader should have, and on CPUs without a GPU's features.
+        # On how many workers a loader should have, and of Lightning's own use of torch's trees.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*Total length of `DataLoader` across ranks is zero.*")
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
         result: dict[str, Any] = {n: _fit(rank, world_size, n, **c) for n, c in CASES.items()}
         result |= _traps(rank, world_size)
     return result

@@ -49,7 +49,7 @@ def test_any_split_takes_the_step_of_one_process(
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("name", ["bf16", "bf16, task"])
 def test_mixed_precision(name: str, world_size: int, results: dict[int, list[Any]]) -> None:
-    """Under autocast, as close as bf16 of another batch size; the parameters move ten times that."""
+    """Under autocast, as close as bf16 of another batch size; parameters move ten times that."""
     expected = reference(**_case(name))
     check([rank[name] for rank in results[world_size]], expected, bound=5e-3)
     assert moved(expected) >= 0.05
