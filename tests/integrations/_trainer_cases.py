@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from jddist.aggregation import Flattening, GradVacWeighting, UPGradWeighting
 from jddist.errors import NonFiniteObjectiveError
@@ -26,7 +26,7 @@ from tests.distributed._training import make_network as make_inner
 from tests.integrations._host import as_launched
 from tests.integrations._reference import failure_of
 
-SAMPLES, PER_STEP, STEPS = 29, 6, 5  # the last batch is not full
+SAMPLES, PER_STEP, STEPS = 59, 12, 5  # the last batch is not full
 
 CASES: dict[str, dict[str, Any]] = {
     "instance": {"objective": "instance", "optimizer": "adamw"},
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulated": {"objective": "instance", "micro": 2},
     "task, accumulated": {"objective": "task", "micro": 2},
     "clipped": {"objective": "instance", "clip": 0.5},
-    "bf16": {"objective": "instance", "bf16": True, "rows": 24},
+    "bf16": {"objective": "instance", "bf16": True, "rows": 60},
 }
 
 
@@ -47,7 +47,7 @@ class Model(nn.Module):
         self.network = make_inner()
 
     def forward(self, x: Tensor) -> Any:
-        return SimpleNamespace(logits=self.network(x))
+        return SequenceClassifierOutput(logits=self.network(x))
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -191,7 +191,7 @@ def _stateful(world_size: int, folder: Path, **options: Any) -> tuple[Descent, W
     trainer = Descent(
         model,
         arguments,
-        train_dataset=Rows(24),
+        train_dataset=Rows(48),
         optimizers=_optimizers(model, "adamw"),
         weighting=GradVacWeighting(generator=torch.Generator().manual_seed(3)),
     )
