@@ -47,6 +47,7 @@ def run_ranks(
     *args: Any,
     timeout: float = 60.0,
     margin: float = 15.0,
+    start_method: Literal["forkserver", "fork"] = "forkserver",
 ) -> list[Any]:
     """Calls ``fn(rank, world_size, *args)`` on every rank of a gloo group.
 
@@ -56,6 +57,8 @@ def run_ranks(
         *args: The same for all ranks; pickled.
         timeout: Seconds after which the group's collectives give up.
         margin: Seconds after that until the ranks are killed.
+        start_method: "fork" for ranks that have what this process has imported; it must not have
+            used torch yet.
 
     Returns:
         What the ranks returned, in rank order: tensors, numbers, strings, None, and lists, tuples
@@ -65,8 +68,9 @@ def run_ranks(
         Exception: What the first rank to fail raised, with its traceback as a note.
         RankFailure: A rank died, hung, or raised something that cannot be pickled.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context: multiprocessing.context.BaseContext = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
     work = pickle.dumps((fn, args))
     directory = Path(tempfile.mkdtemp(prefix="jddist-ranks-"))
     processes: list[BaseProcess] = []

@@ -1,0 +1,228 @@
+"""Lightning on several ranks: parameters after each step, for the test of the same name."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from jddist.aggregation import UPGradWeighting
+from jddist.autogram import Engine
+from jddist.errors import NonFiniteObjectiveError, UnsupportedModelError
+from jddist.integrations.lightning import JacobianDescent, backward
+from tests.distributed._sharded import whole_parameters
+from tests.distributed._training import (
+    LOSSES,
+    OPTIMIZERS,
+    STEPS,
+    local_part,
+    make_data,
+    make_network,
+    parameters_of,
+    upgrad_for,
+)
+from tests.integrations._host import as_launched
+from tests.integrations._reference import CLIP, MICRO, failure_of
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "ddp": DDPStrategy,
+    "ddp unused": lambda: DDPStrategy(find_unused_parameters=True),
+    "ddp static": lambda: DDPStrategy(static_graph=True),
+    "ddp views": lambda: DDPStrategy(gradient_as_bucket_view=True),
+    "fully_shard": lambda: ModelParallelStrategy(
+        data_parallel_size=torch.distributed.get_world_size(), tensor_parallel_size=1
+    ),
+}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {"objective": "instance", "optimizer": "adamw", "kind": "uneven"},
+    "ddp, empty": {"objective": "instance", "kind": "empty"},
+    "ddp, matrix": {"objective": "instance x task", "kind": "uneven"},
+    "ddp, accumulated": {"objective": "instance", "micro": 2, "kind": "uneven"},
+    "ddp, no_sync": {"objective": "instance", "micro": 2, "no_sync": True, "kind": "uneven"},
+    "ddp, task": {"objective": "task", "kind": "uneven", "micro": 2},
+    "ddp, clipped": {"objective": "instance", "clip": True, "kind": "even"},
+    "ddp, bf16": {"objective": "instance", "bf16": True, "kind": "even"},
+    "ddp unused": {"objective": "instance", "kind": "uneven"},
+    "ddp static": {"objective": "instance", "kind": "uneven"},
+    "ddp static, accumulated": {"objective": "instance", "micro": 2, "kind": "uneven"},
+    "ddp static, task": {"objective": "task", "kind": "uneven"},
+    "ddp static, clipped": {"objective": "instance", "clip": True, "kind": "even"},
+    "ddp static, bf16": {"objective": "instance", "bf16": True, "kind": "even"},
+    "ddp views": {"objective": "instance", "micro": 2, "kind": "uneven"},
+    "fully_shard": {"objective": "instance", "optimizer": "adamw", "kind": "uneven"},
+    "fully_shard, empty": {"objective": "instance", "kind": "empty"},
+    "fully_shard, accumulated": {"objective": "instance", "micro": 2, "kind": "uneven"},
+    "fully_shard, task": {"objective": "task", "kind": "uneven", "micro": 2},
+    "fully_shard, clipped": {"objective": "instance", "clip": True, "kind": "even"},
+    "fully_shard, bf16": {"objective": "instance", "bf16": True, "kind": "even"},
+}
+
+
+def run(rank: int, world_size: int) -> dict[str, Any]:
+    as_launched(rank, world_size)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # On how many workers a loader should have, and of Lightning's own use of torch's trees.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
+        result: dict[str, Any] = {n: _fit(rank, world_size, n, **c) for n, c in CASES.items()}
+        result |= _traps(rank, world_size)
+    return result
+
+
+class Module(LightningModule):
+    """The network of the other tests; a batch is nothing but its number."""
+
+    def __init__(self, rank: int, world_size: int, case: dict[str, Any]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = make_network()
+        self.case = case
+        data = make_data()
+        if case.get("bf16"):
+            self.network, data = self.network.float(), (data[0].float(), data[1].float())
+        self.parts = [
+            [local_part(t[part], rank, world_size, case["kind"]) for t in data]
+            for part in MICRO[case.get("micro", 1)]
+        ]
+        self.trace: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh["data_parallel"]
+            for child in self.network.children():
+                fully_shard(child, mesh=mesh)
+            fully_shard(self.network, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self.case.get("optimizer", "sgd")](list(self.parameters()))
+
+    def training_step(self, batch: int, index: int) -> None:
+        """One micro-batch: gradients add up until the last one of the step."""
+        optimizer = self.optimizers()
+        micro = len(self.parts)
+        x, y = self.parts[index % micro]
+        last = index % micro == micro - 1
+        if index % micro == 0:
+            optimizer.zero_grad()
+        waits = self.case.get("no_sync") and not last
+        with self.trainer.model.no_sync() if waits else nullcontext():
+            self.step(LOSSES[self.case["objective"]](self.network(x).to(x.dtype), y), len(x))
+        if last:
+            if self.case.get("clip"):
+                self.clip_gradients(optimizer, CLIP, gradient_clip_algorithm="norm")
+            optimizer.step()
+            self.trace.append(whole_parameters(self.network))
+
+    def step(self, losses: Tensor, samples: int) -> None:
+        count = samples if self.case["objective"] == "task" else None
+        weights = backward(self, losses, upgrad_for(losses), count=count)
+        assert weights.isfinite().all()
+
+
+def _trainer(strategy: str, callback: JacobianDescent, *, bf16: bool = False) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=torch.distributed.get_world_size(),
+        strategy=STRATEGIES[strategy](),
+        precision="bf16-mixed" if bf16 else "32-true",
+        max_epochs=1,
+        use_distributed_sampler=False,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _fit_module(module: Module, strategy: str, **options: Any) -> None:
+    batch_dim = None if module.case["objective"] == "task" else 0
+    callback = JacobianDescent(UPGradWeighting(), batch_dim=batch_dim, **options)
+    steps = STEPS * len(module.parts)
+    loader = DataLoader(list(range(steps)), batch_size=None)  # type: ignore[arg-type]
+    _trainer(strategy, callback, bf16=module.case.get("bf16", False)).fit(module, loader)
+
+
+def _fit(rank: int, world_size: int, name: str, **case: Any) -> list[Tensor]:
+    module = Module(rank, world_size, case)
+    _fit_module(module, name.split(",")[0])
+    return module.trace
+
+
+class Directly(Module):
+    """What a script does that does not know that Lightning is inside of DDP's forward."""
+
+    def step(self, losses: Tensor, samples: int) -> None:
+        losses.sum().backward()
+
+
+class ByEngine(Module):
+    """The engine's own step, which takes the wrapper's backward."""
+
+    def step(self, losses: Tensor, samples: int) -> None:
+        handle = self.network.last.bias.register_hook(lambda grad: grad)  # wants a real backward
+        engine = Engine(self.trainer.strategy.model, batch_dim=0)
+        try:
+            engine.backward(losses, UPGradWeighting())
+        finally:
+            handle.remove()
+
+
+class ByHand(Module):
+    """Step by step, as the design has it."""
+
+    engine: Engine | None = None
+
+    def on_train_start(self) -> None:
+        self.engine = Engine(self.trainer.strategy.model, batch_dim=0)
+
+    def step(self, losses: Tensor, samples: int) -> None:
+        assert self.engine is not None
+        weights = self.engine.compute_weights(
+            self.engine.compute_gramian(losses), UPGradWeighting()
+        )
+        self.manual_backward(losses, gradient=self.engine.local_weights(weights))
+
+
+class Nan(Module):
+    def step(self, losses: Tensor, samples: int) -> None:
+        bad = self.trainer.global_rank == 1
+        backward(self, losses * float("nan") if bad else losses)
+
+
+def _traps(rank: int, world_size: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    case = {"objective": "instance", "kind": "uneven"}
+    for strategy in ("ddp", "ddp static"):
+        for kind, error in (
+            (Directly, RuntimeError),
+            (ByEngine, RuntimeError),
+            (Nan, NonFiniteObjectiveError),
+        ):
+            module = kind(rank, world_size, case)
+            message = failure_of(lambda m=module, s=strategy: _fit_module(m, s), error)
+            unmoved = torch.equal(parameters_of(module.network), parameters_of(make_network()))
+            result[f"{strategy}, {kind.__name__}"] = [message, unmoved]
+        module = ByHand(rank, world_size, case)
+        _fit_module(module, strategy)
+        result[f"{strategy}, by hand"] = module.trace
+    module = Module(rank, world_size, case)
+    module.automatic_optimization = True
+    result["automatic"] = failure_of(lambda: _fit_module(module, "ddp"), UnsupportedModelError)
+    plain = Module(rank, world_size, case)
+    trainer = _trainer("ddp", JacobianDescent(UPGradWeighting(), batch_dim=0))
+    trainer.callbacks = []
+    loader = DataLoader([0], batch_size=None)  # type: ignore[arg-type]
+    result["no callback"] = failure_of(lambda: trainer.fit(plain, loader), RuntimeError)
+    return result
