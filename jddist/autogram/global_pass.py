@@ -225,8 +225,10 @@ def gramian(
     values = mirror_(unpack_lower(buffer[: len(half)], m))
     flags = buffer[len(half) :].view(flags.shape) > 0
     if layout.sharded:
+        bad = ~torch.isfinite(values)
+        rows = bad.diagonal()
         # Products of finite rows are finite, but for what an exchange made of them.
-        flags = flags | ~torch.isfinite(values).all(dim=1)
+        flags = flags | rows | (bad & ~rows & ~rows.unsqueeze(1)).any(dim=1)
     return GramianParts(values, flags, exchange)
 
 
