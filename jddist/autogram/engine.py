@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Placement, Shard
 
+from jddist._observing import Observers
 from jddist.aggregation import Flattening, GeneralizedWeighting, Weighting
 from jddist.aggregation._weightings import check_takes_gramians
 from jddist.distribution.base import Distribution, check_placement, is_average
@@ -27,7 +28,7 @@ from jddist.distribution.planning import Plan, Prefer, check_prefer
 from jddist.distribution.select import distribution_of, select, unwrap
 from jddist.errors import UnsupportedModelError
 
-from . import explanation, global_pass
+from . import explanation, global_pass, reporting
 from .accumulation import Accumulation, Joined, MicroBatch
 from .blocks import DEFAULT_BUDGET, Scratch
 from .book_keeping import Books, agreed, combined, differentiated
@@ -72,6 +73,9 @@ class Engine:
         prefer: How the exchange between ranks is chosen for each layer: "time" weighs the bytes
             that are sent and the operations of each rank, "bytes" takes the fewest bytes, which on
             many ranks may cost many times the operations. See :func:`jddist.distribution.plan`.
+
+    Attributes:
+        observers: Who watches the steps, such as a ``jddist.monitoring.Recorder``.
 
     Raises:
         UnsupportedModelError: A module or a wrapper with which the answer cannot be exact.
@@ -140,6 +144,8 @@ class Engine:
         self._books = Books.NO
         self._skip = False
         self._warned_uneven = False
+        self.observers = Observers()
+        self._reporter = reporting.Reporter(self.observers, self._distribution, self._placement)
 
     @property
     def distribution(self) -> Distribution:
@@ -171,6 +177,7 @@ class Engine:
             LayoutMismatchError: The ranks disagree on shapes, dtype or parameters.
             RankError: Another rank failed before the exchange.
         """
+        self._reporter.begins()
         layout, blocks = self.prepare("Engine.compute_gramian", output, count)
         return self._gramian(output, layout, blocks)
 
@@ -186,6 +193,7 @@ class Engine:
         )
         self._layout, self._skip = layout, False
         self._taken = self._taken_with(layout, blocks, parts.plan)
+        self._reporter.gramian_known(layout, blocks, output, self._table, self._prefer, scale)
         if not parts.finite and scale is None:
             error = global_pass.nonfinite_error(layout, parts)
             if self._nonfinite == "raise":
@@ -203,7 +211,7 @@ class Engine:
         """``compute_weights``, or NaN where a GradScaler's objectives overflow."""
         if scale is not None and bool(gramian.isnan().any()):
             return gramian.new_full(gramian.shape[: gramian.ndim // 2], torch.nan)
-        return self.compute_weights(gramian, weighting)
+        return self._weights(gramian, weighting)
 
     def explain(self) -> str:
         """What the last Gramian took, as a table with one row per layer.
@@ -293,6 +301,12 @@ class Engine:
                 weighting needs the Jacobian itself.
             RankError: The weighting raised on rank 0 of several ranks.
         """
+        weights = self._weights(gramian, weighting)
+        if self._layout is not None:  # a cross Gramian's weights go into a step that is to come
+            self._reporter.ends(self._layout, gramian, weights, skipped=self._skip)
+        return weights
+
+    def _weights(self, gramian: Tensor, weighting: Weigher) -> Tensor:
         check_takes_gramians(weighting)
         plain = isinstance(weighting, Weighting) and not isinstance(weighting, GeneralizedWeighting)
         if plain and gramian.ndim != 2:
@@ -304,7 +318,9 @@ class Engine:
         shape = gramian.shape[: gramian.ndim // 2]
         if self._skip or gramian.numel() == 0:
             return gramian.new_zeros(shape)
+        self.observers.weighs([weighting])
         (weights,) = self._distribution.run_once([Job(weighting, gramian, shape)])
+        self.observers.weighed([weighting])
         return weights
 
     def local_weights(self, weights: Tensor, /) -> Tensor:
@@ -368,6 +384,8 @@ class Engine:
         """
         if self._accumulation is not None:
             return self._accumulate_batch(output, weighting_or_weights, count, scale)
+        self._reporter.begins()
+        gramian: Tensor | None = None
         blocks: Blocks = []
         try:
             if isinstance(weighting_or_weights, Tensor):
@@ -385,6 +403,8 @@ class Engine:
             for block in blocks:
                 if block is not None:
                     block.release()
+        assert self._layout is not None
+        self._reporter.ends(self._layout, gramian, weights, skipped=self._skip, scale=scale)
         return weights
 
     @contextmanager
@@ -441,6 +461,7 @@ class Engine:
     def _join(self, accumulation: Accumulation, error: Exception | None) -> None:
         """The step of all accumulated batches; what failed before fails on every rank."""
         joined: Joined | None = None
+        self._reporter.begins()
 
         def local() -> Contribution:
             nonlocal joined
@@ -457,10 +478,12 @@ class Engine:
         if self._skip:
             entries = self._table.trainable
             self._distribution.reduce_accumulated([e.parameter for e in entries])
-            return
-        local_weights = joined.weights_of_batches(self.local_weights(weights))
-        torch.autograd.backward(joined.outputs, local_weights)
-        self._capture.release_passed()
+        else:
+            local_weights = joined.weights_of_batches(self.local_weights(weights))
+            torch.autograd.backward(joined.outputs, local_weights)
+            self._capture.release_passed()
+        scale = accumulation.scale
+        self._reporter.ends(layout, gramian, weights, skipped=self._skip, scale=scale)
 
     def _accumulate_batch(
         self,
@@ -554,7 +577,8 @@ class Engine:
                 local = find_local()
             except Exception as failure:  # it is raised again on every rank, by the handshake
                 error = explained(failure)
-        infos = self._distribution.handshake(call, local.agree, local.info, error)
+        agree = {**local.agree, **self._reporter.to_agree()}
+        infos = self._distribution.handshake(call, agree, local.info, error)
         assert local.layout is not None
         self._dtype = local.dtype
         self._warn_if_uneven(infos)
