@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
 from jddist.autogram import global_pass
+from jddist.autogram.by_layer import of_parameters
 from jddist.autogram.engine import Engine
 from jddist.distribution.counts import Count
 from jddist.distribution.exchange import scale_rows
 from jddist.distribution.lockstep import as_plain
-from jddist.distribution.schemes import BlockShape
 
 
 def verify(
@@ -54,12 +53,7 @@ def verify(
         indices = {table.index_of[p] for p in owner.paths.values() if p.requires_grad}
         if not indices:
             continue
-        shapes = tuple(
-            tuple(s if i in indices else BlockShape("none") for i, s in enumerate(of_rank))
-            for of_rank in layout.shapes
-        )
-        kept = [block if i in indices else None for i, block in enumerate(blocks)]
-        part = replace(layout, shapes=shapes)
+        part, kept = of_parameters(layout, blocks, indices)
         found = global_pass.gramian(distribution, part, kept, output, table).values
         parameters = [table.entries[i].parameter for i in sorted(indices)]
         leaves = distribution.leaves()

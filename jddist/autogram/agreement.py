@@ -22,6 +22,7 @@ from .global_pass import GlobalLayout
 from .local_pass import Blocks
 from .members import Members
 from .refusals import explained
+from .reporting import Reporter
 from .row_blocks import row_blocks
 
 
@@ -55,10 +56,12 @@ class Agreement:
     Attributes:
         members: The engine's modules.
         contributor: What finds this rank's contribution.
+        reporter: What tells those who watch.
     """
 
     members: Members
     contributor: Contributor
+    reporter: Reporter
     _warned_uneven: bool = field(default=False, init=False)
 
     def of_output(
@@ -120,7 +123,8 @@ class Agreement:
                     local = find_local()
             except Exception as failure:  # it is raised again on every rank, by the handshake
                 error = explained(failure)
-        told = distribution.handshake(call, local.agree, local.info, error)
+        agree = {**local.agree, **self.reporter.to_agree()}
+        told = distribution.handshake(call, agree, local.info, error)
         infos = distribution.by_objectives(told)
         assert local.layout is not None
         self._warn_if_uneven(infos)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Shard
 
+from jddist._observing import Observers
 from jddist.distribution.base import Distribution, check_placement
 from jddist.distribution.counts import Count
 from jddist.distribution.lockstep import as_plain, mesh_of, on_mesh
@@ -34,6 +35,7 @@ from .joining import Joining
 from .local_pass import Blocks, LocalPass
 from .members import Members, given_modules
 from .parameters import ParameterTable
+from .reporting import Reporter
 from .rules import replays
 from .step import Backward, Step, Weigher, stated
 
@@ -66,6 +68,9 @@ class Engine:
         prefer: How the exchange between ranks is chosen for each layer: "time" weighs the bytes
             that are sent and the operations of each rank, "bytes" takes the fewest bytes, which on
             many ranks may cost many times the operations. See :func:`jddist.distribution.plan`.
+
+    Attributes:
+        observers: Who watches the steps, such as a ``jddist.monitoring.Recorder``.
 
     Raises:
         UnsupportedModelError: A module or a wrapper with which the answer cannot be exact.
@@ -116,9 +121,11 @@ class Engine:
             # A wrapper that the engine was told not to see still does its part of a backward.
             sees_wrappers=distribution is None or members.are_bare,
         )
-        self._agreement = Agreement(members, self._contributor)
+        self.observers = Observers()
+        self._reporter = Reporter(self.observers, self._distribution, placement)
+        self._agreement = Agreement(members, self._contributor, self._reporter)
         tile = scratch.tile_elements(torch.float32)
-        self._step = Step(self._contributor, capture, nonfinite, tile)
+        self._step = Step(self._contributor, capture, nonfinite, tile, self._reporter)
         self._joining = Joining(self._agreement, self._step)
         self._mesh: DeviceMesh | None = None  # of the last objectives, if they were a DTensor
 
@@ -154,6 +161,7 @@ class Engine:
             RankError: Another rank failed before the exchange.
         """
         self._mesh, output = mesh_of(output), as_plain(output)
+        self._reporter.begins()
         agreed = self._agreement.of_output("Engine.compute_gramian", output, count)
         return self._step.gramian(output, agreed)
 
@@ -217,7 +225,11 @@ class Engine:
                 weighting needs the Jacobian itself.
             RankError: The weighting raised on rank 0 of several ranks.
         """
-        return self._step.weights(gramian, weighting)
+        weights = self._step.weights(gramian, weighting)
+        if self._step.agreed is not None:  # a cross Gramian's weights serve a step that is to come
+            layout = self._step.agreed.layout
+            self._reporter.ends(layout, gramian, weights, skipped=self._step.skip)
+        return weights
 
     def local_weights(self, weights: Tensor, /) -> Tensor:
         """This rank's part of the global weights, ready for ``losses.backward(...)``.
@@ -287,6 +299,8 @@ class Engine:
             self._joining.add(output, weighting_or_weights, count, scale)
             return output.new_empty(0)
         call = "Engine.backward"
+        self._reporter.begins()
+        gramian: Tensor | None = None
         blocks: Blocks = []
         try:
             if isinstance(weighting_or_weights, Tensor):
@@ -313,6 +327,7 @@ class Engine:
             for block in blocks:
                 if block is not None:
                     block.release()
+        self._reporter.ends(agreed.layout, gramian, weights, skipped=self._step.skip, scale=scale)
         return weights
 
     @contextmanager

@@ -88,6 +88,8 @@ class Joining:
         """The step of all accumulated batches; what failed before fails on every rank."""
         contributor = self.agreement.contributor
         joined: Joined | None = None
+        reporter = self.step.reporter
+        reporter.begins()
 
         def local() -> Contribution:
             nonlocal joined
@@ -104,7 +106,10 @@ class Joining:
         with contributor.distribution.last_stage():
             if self.step.skip:
                 self.step.reduce_accumulated()
-                return
-            local_weights = joined.weights_of_batches(self.step.local_weights(weights))
-            torch.autograd.backward(joined.outputs, local_weights)
-        self.step.capture.release_passed()
+            else:
+                local_weights = joined.weights_of_batches(self.step.local_weights(weights))
+                torch.autograd.backward(joined.outputs, local_weights)
+        if not self.step.skip:
+            self.step.capture.release_passed()
+        scale, skipped = accumulation.scale, self.step.skip
+        reporter.ends(agreed.layout, gramian, weights, skipped=skipped, scale=scale)

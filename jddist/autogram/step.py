@@ -26,6 +26,7 @@ from .capture import Capture, paused
 from .contribution import Contributor
 from .explanation import Taken
 from .local_pass import Blocks
+from .reporting import Reporter
 
 Weigher = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor], None]
@@ -45,6 +46,7 @@ class Step:
         capture: The engine's hooks.
         nonfinite: What to do about objectives that are not finite.
         tile: Elements of a tile of rows.
+        reporter: What tells those who watch.
         agreed: What the ranks agreed on, without blocks; None before the first Gramian.
         taken: What ``explain`` tells of it.
         skip: Whether the weights are zero because an objective was not finite.
@@ -54,6 +56,7 @@ class Step:
     capture: Capture
     nonfinite: Literal["raise", "skip"]
     tile: int
+    reporter: Reporter
     agreed: Agreed | None = None
     taken: Taken | None = None
     skip: bool = False
@@ -73,6 +76,9 @@ class Step:
         )
         self.agreed, self.skip = agreed.without_blocks(), False
         self.taken = self._taken(agreed, parts.plan)
+        self.reporter.gramian_known(
+            layout, agreed.blocks, output, table, self.contributor.prefer, scale
+        )
         if not parts.finite and scale is None:
             error = global_pass.nonfinite_error(layout, parts)
             if self.nonfinite == "raise":
@@ -101,7 +107,10 @@ class Step:
         shape = gramian.shape[: gramian.ndim // 2]
         if self.skip or gramian.numel() == 0:
             return gramian.new_zeros(shape)
+        observers = self.reporter.observers
+        observers.weighs([weighting])
         (weights,) = self.contributor.distribution.run_once([Job(weighting, gramian, shape)])
+        observers.weighed([weighting])
         return weights
 
     def local_weights(self, weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from jddist._observing import Observers, Weighed, observers_of
 from jddist._stateful import Stateful
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._bases import combine
@@ -27,6 +28,7 @@ from ._groups import (
     present_jac,
     shaped,
 )
+from ._observed import record_of, seen_gramian, weighed
 from ._over_ranks import aggregate_over_ranks
 
 
@@ -148,9 +150,11 @@ def aggregate_groups(
         error: What this rank already ran into, for the others to hear.
     """
     distribution = distribution_of([t for group in groups for t in group], distribution)
+    observers = observers_of(aggregators)
+    observers.begins()
     if distribution.group.size > 1 or distribution.shards_columns:
         return aggregate_over_ranks(
-            groups, aggregators, retain_jac, by_gramian, distribution, error
+            groups, aggregators, retain_jac, by_gramian, distribution, error, observers
         )
     if error is not None:
         raise error
@@ -167,10 +171,16 @@ def aggregate_groups(
         range(len(groups)), key=lambda i: not isinstance(aggregators[i], GramianWeightedAggregator)
     )
     results = {
-        i: _in_one_process(groups[i], aggregators[i], retain_jac, by_gramian) for i in by_turn
+        i: _in_one_process(groups[i], aggregators[i], retain_jac, by_gramian, observers)
+        for i in by_turn
     }
     for i, group in enumerate(groups):
         add_grads(group, shaped(results[i][0], group))
+    if observers:
+        found = [
+            seen for _, _, seen in (results[i] for i in range(len(groups))) if seen is not None
+        ]
+        observers.ends(record_of(groups, found, distribution.objectives, distribution))
     return [results[i][1] for i in range(len(groups))]
 
 
@@ -186,24 +196,32 @@ def _check_finite(group: list[Tensor]) -> None:
 
 
 def _in_one_process(
-    group: list[Tensor], aggregator: Aggregator, retain_jac: bool, by_gramian: bool
-) -> tuple[Sequence[Tensor], Tensor | None]:
-    """A vector for each tensor, and the weights, if any. Nothing is written."""
+    group: list[Tensor],
+    aggregator: Aggregator,
+    retain_jac: bool,
+    by_gramian: bool,
+    observers: Observers,
+) -> tuple[Sequence[Tensor], Tensor | None, Weighed | None]:
+    """A vector for each tensor, the weights, if any, and what observers are told. Nothing is
+    written."""
     rows = deque(present_jac(t).reshape(len(present_jac(t)), t.numel()) for t in group)
     if not retain_jac:
         free_jacs(group)
     if not by_gramian:
         matrix = torch.cat(list(rows), dim=1)
         rows.clear()
-        vector, weights = call_aggregator(aggregator, matrix)
-        return vector.split([t.numel() for t in group]), weights
+        with seen_gramian(aggregator, observers) as seen:
+            vector, weights = call_aggregator(aggregator, matrix)
+        told = weighed(aggregator, matrix, vector, weights, seen, observers)
+        return vector.split([t.numel() for t in group]), weights, told
     assert isinstance(aggregator, GramianWeightedAggregator)
     gramian: Tensor = compute_gramian(rows[0])
     for other in list(rows)[1:]:
         gramian = gramian + compute_gramian(other)
-    weights = aggregator.gramian_weighting(gramian)
+    with seen_gramian(aggregator, observers):
+        weights = aggregator.gramian_weighting(gramian)
     vectors = []
     while rows:  # each row block is let go as soon as it was used
         block = rows.popleft()
         vectors.append(combine(weights, block))
-    return vectors, weights
+    return vectors, weights, Weighed("", gramian, weights) if observers else None

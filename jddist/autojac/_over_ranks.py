@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
+from jddist._observing import Observers, Weighed
 from jddist._progress import enter
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._columns import settings_of
@@ -29,6 +30,7 @@ from ._groups import (
     check_group,
     shaped,
 )
+from ._observed import combines, record_of
 from ._sharded import RowGroup, aggregate
 
 
@@ -39,6 +41,7 @@ def aggregate_over_ranks(
     by_gramian: bool,
     distribution: Distribution,
     error: Exception | None,
+    observers: Observers,
 ) -> list[Tensor | None]:
     """Aggregates all groups over all ranks; what fails before the exchange fails everywhere.
 
@@ -49,6 +52,7 @@ def aggregate_over_ranks(
         by_gramian: Whether the aggregators must look at nothing but the Gramian.
         distribution: The ranks.
         error: What this rank already ran into, for the others to hear.
+        observers: Who watches.
 
     Returns:
         For each group the weights, or None.
@@ -106,13 +110,23 @@ def aggregate_over_ranks(
         row_groups.append(RowGroup(rows, counts, placement, aggregator, cut, orders.get(i)))
         if not retain_jac:
             free_jacs(group)
-    results = aggregate(row_groups, distribution, call_aggregator)
+    results = aggregate(row_groups, distribution, call_aggregator, observers)
     enter("forward")
     for group, row_group, (vector, _) in zip(groups, row_groups, results, strict=True):
         if row_group.cut is not None:
             add_grads(group, row_group.cut.gradients(vector))
         else:
             add_grads(group, shaped(vector.split([t.numel() for t in group]), group))
+    if observers:
+        found = [
+            Weighed("", g.gramian if combines(g.aggregator) else None, weights)
+            for g, (_, weights) in zip(row_groups, results, strict=True)
+        ]
+        placements = {g.placement for g in row_groups}
+        stated = placements.pop() if len(placements) == 1 else None
+        if stated == COLUMNS:
+            stated = distribution.objectives
+        observers.ends(record_of(groups, found, stated, distribution))
     return [weights for _, weights in results]
 
 

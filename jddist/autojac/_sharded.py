@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
+from jddist._observing import NOBODY, Observers
 from jddist._progress import enter
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._columns import acting_on
@@ -39,6 +40,7 @@ class RowGroup:
         aggregator: What aggregates them.
         cut: If the rows are this rank's columns of all rows already: which ones.
         order: If the aggregator needs them in order: how they get there.
+        gramian: That of all ranks' rows, once it is known, if one is formed.
     """
 
     rows: Tensor
@@ -47,6 +49,7 @@ class RowGroup:
     aggregator: Aggregator
     cut: ColumnCut | None = None
     order: ColumnOrder | None = None
+    gramian: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -63,6 +66,7 @@ def aggregate(
     groups: Sequence[RowGroup],
     distribution: Distribution,
     call: Callable[[Aggregator, Tensor], tuple[Tensor, Tensor | None]],
+    observers: Observers = NOBODY,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Aggregates every group over all ranks.
 
@@ -70,6 +74,7 @@ def aggregate(
         groups: The groups, the same on every rank.
         distribution: The ranks.
         call: Calls an aggregator on a matrix and returns the vector and the weights, if any.
+        observers: Who watches.
 
     Returns:
         For each group the vector [n], identical on all ranks, and the weights [M] or None.
@@ -82,14 +87,19 @@ def aggregate(
     finite = [torch.isfinite(group.rows).all(dim=1) for group in groups]
     shards = [_column_shard(group, distribution) for group in groups]
     gramians = _sum_gramians(groups, shards, finite, distribution)
-    weights = _weigh(groups, gramians, distribution)
+    observers.gramian_known()
+    weights = _weigh(groups, gramians, distribution, observers)
     results: list[tuple[Tensor, Tensor | None]] = []
     for group, shard, gramian, weight in zip(groups, shards, gramians, weights, strict=True):
+        group.gramian = gramian
         if group.num_rows == 0:
             results.append((shard.new_zeros(shard.shape[1]), shard.new_zeros(0)))
             continue
+        weighs_itself = observers if gramian is None else NOBODY
+        weighs_itself.weighs([group.aggregator])
         with acting_on(_Shard(group, distribution, gramian, weight)):
             results.append(_call(group, shard, call))
+        weighs_itself.weighed([group.aggregator])
     enter("backward")
     vectors = _gather(groups, [vector for vector, _ in results], distribution)
     return [(vector, w) for vector, (_, w) in zip(vectors, results, strict=True)]
@@ -186,7 +196,10 @@ def _check_finite(groups: Sequence[RowGroup], flags: Sequence[Tensor], num_ranks
 
 
 def _weigh(
-    groups: Sequence[RowGroup], gramians: Sequence[Tensor | None], distribution: Distribution
+    groups: Sequence[RowGroup],
+    gramians: Sequence[Tensor | None],
+    distribution: Distribution,
+    observers: Observers,
 ) -> list[Tensor | None]:
     jobs = [
         Job(
@@ -197,7 +210,10 @@ def _weigh(
         for group, gramian in zip(groups, gramians, strict=True)
         if gramian is not None and isinstance(group.aggregator, GramianWeightedAggregator)
     ]
+    weightings = [job.weighting for job in jobs]
+    observers.weighs(weightings)
     found = iter(distribution.run_once(jobs) if jobs else [])
+    observers.weighed(weightings)
     return [None if gramian is None else next(found) for gramian in gramians]
 
 

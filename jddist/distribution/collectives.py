@@ -19,6 +19,18 @@ from . import stalls
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+_sent = 0.0
+
+
+def bytes_sent() -> float:
+    """Bytes that this process has sent by jddist's collectives so far, by the ring convention.
+
+    all_gather (W-1) * input, reduce_scatter (W-1)/W * input, all_reduce 2 (W-1)/W * size,
+    all_to_all what leaves the rank, broadcast the size on rank 0. What a wrapper sends by itself is
+    not among them.
+    """
+    return _sent
+
 
 class Group:
     """Some ranks of a process group, with this rank among them.
@@ -53,10 +65,16 @@ class Group:
         """Within this context, a collective that fails names the rank that lags, and its stage."""
         return stalls.naming(self._members)
 
+    def _count(self, tensor: Tensor, times: float, own: int = 0) -> None:
+        """Counts a message of ``tensor``, ``times`` over, less ``own`` numbers that stay here."""
+        global _sent
+        _sent += times * (tensor.numel() - own) * tensor.element_size()
+
     def gather_header(self, header: Tensor) -> Tensor:
         """Every rank's int64 CPU vector [h], stacked: [W, h]."""
         if self.size == 1:
             return header.unsqueeze(0)
+        self._count(header, self.size - 1)
         gathered = header.new_empty(self.size * len(header))
         with self.naming():
             _all_gather(gathered, header, group=self._control)
@@ -68,6 +86,7 @@ class Group:
             return [payload]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        self._count(padded, self.size - 1)
         gathered = torch.empty(self.size * len(padded), dtype=torch.uint8)
         with self.naming():
             _all_gather(gathered, padded, group=self._control)
@@ -82,6 +101,7 @@ class Group:
         buffer = torch.zeros(length, dtype=torch.uint8)
         if payload is not None:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        self._count(buffer, self.rank == 0)
         with self.naming():
             dist.broadcast(buffer, group=self._control, group_src=0)
         return buffer.numpy().tobytes()
@@ -89,6 +109,7 @@ class Group:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""
         if self.size > 1:
+            self._count(tensor, self.rank == 0)
             with self.naming():
                 dist.broadcast(tensor, group=self.process_group, group_src=0)
         return tensor
@@ -96,6 +117,7 @@ class Group:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.size > 1:
+            self._count(tensor, 2 * (self.size - 1) / self.size)
             with self.naming():
                 dist.all_reduce(tensor, group=self.process_group)
         return tensor
@@ -112,6 +134,7 @@ class Group:
         if len(tensor) < longest:
             padded = tensor.new_zeros(longest)
             padded[: len(tensor)] = tensor
+        self._count(padded, self.size - 1)
         gathered = tensor.new_empty(self.size * longest)
         with self.naming():
             _all_gather(gathered, padded.contiguous(), group=self.process_group)
@@ -131,6 +154,7 @@ class Group:
             return lambda: sent[0]
         parts = [part for part in sent if len(part)]
         joined = parts[0] if len(parts) == 1 else torch.cat(list(sent))
+        self._count(joined, 1.0, own=len(sent[self.rank]))
         received = joined.new_empty(sum(lengths))
         with self.naming():
             work = dist.all_to_all_single(
@@ -153,6 +177,7 @@ class Group:
         """From every rank's parts [W, ...] to the sum over ranks of this rank's part."""
         if self.size == 1:
             return parts[0]
+        self._count(parts, (self.size - 1) / self.size)
         received = torch.empty_like(parts[0])
         with self.naming():
             _reduce_scatter(received.view(-1), parts.reshape(-1), group=self.process_group)
