@@ -419,10 +419,11 @@ class Engine:
                 "Found engine.accumulate() inside of engine.accumulate(); expected one. Give all "
                 "batches to the outer one."
             )
-        if isinstance(self._distribution, FullyShard):
+        if self._distribution.reduces_every_backward:
             raise UnsupportedModelError(
-                "Found engine.accumulate() with fully_shard, which reduces after every backward; "
-                "expected another wrapper. Take larger batches, or a step per micro-batch."
+                "Found engine.accumulate() with fully_shard or DeepSpeed, which reduce after every "
+                "backward; expected another wrapper. Take larger batches, or a step per "
+                "micro-batch."
             )
         accumulation = self._accumulation = Accumulation()
         try:
@@ -493,7 +494,7 @@ class Engine:
         kept = paused() if retain_graph else nullcontext()
         if self._books is Books.NO or weights.numel() == 0:
             with kept:
-                output.backward(local, retain_graph=retain_graph)
+                self._distribution.weighted_backward(output, local, retain_graph=retain_graph)
         else:
             if self._books is Books.ROWS:
                 gradients = combined(self._layout, blocks, entries, local)

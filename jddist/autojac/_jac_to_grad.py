@@ -13,6 +13,7 @@ from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._bases import combine
 from jddist.distribution.base import Distribution
 from jddist.distribution.select import distribution_of
+from jddist.distribution.whole import numel_of
 from jddist.errors import NonFiniteObjectiveError
 from jddist.linalg.gramian import compute_gramian
 
@@ -170,12 +171,12 @@ def aggregate_groups(
         i: _in_one_process(groups[i], aggregators[i], retain_jac, by_gramian) for i in by_turn
     }
     for i, group in enumerate(groups):
-        add_grads(group, shaped(results[i][0], group))
+        add_grads(group, shaped(results[i][0], group), distribution)
     return [results[i][1] for i in range(len(groups))]
 
 
 def _check_finite(group: list[Tensor]) -> None:
-    rows = [present_jac(t).reshape(len(present_jac(t)), t.numel()) for t in group]
+    rows = [present_jac(t).reshape(len(present_jac(t)), numel_of(t)) for t in group]
     finite = torch.stack([torch.isfinite(r).all(dim=1) for r in rows]).all(dim=0)
     if not bool(finite.all()):
         bad = ", ".join(f"objective {i}" for i in (~finite).nonzero().flatten().tolist()[:8])
@@ -189,14 +190,14 @@ def _in_one_process(
     group: list[Tensor], aggregator: Aggregator, retain_jac: bool, by_gramian: bool
 ) -> tuple[Sequence[Tensor], Tensor | None]:
     """A vector for each tensor, and the weights, if any. Nothing is written."""
-    rows = deque(present_jac(t).reshape(len(present_jac(t)), t.numel()) for t in group)
+    rows = deque(present_jac(t).reshape(len(present_jac(t)), numel_of(t)) for t in group)
     if not retain_jac:
         free_jacs(group)
     if not by_gramian:
         matrix = torch.cat(list(rows), dim=1)
         rows.clear()
         vector, weights = call_aggregator(aggregator, matrix)
-        return vector.split([t.numel() for t in group]), weights
+        return vector.split([numel_of(t) for t in group]), weights
     assert isinstance(aggregator, GramianWeightedAggregator)
     gramian: Tensor = compute_gramian(rows[0])
     for other in list(rows)[1:]:

@@ -86,5 +86,5 @@ def mtl_on_shards(
     finite = [ok and bool(loss.isfinite().all()) for ok, loss in zip(finite, losses, strict=True)]
     infos = distribution.handshake("the rows of mtl_backward", {}, {"finite": finite})
     check_tasks_finite([i["finite"] for i in infos], shares)
-    add_grads(list(gradients), list(gradients.values()))
+    add_grads(list(gradients), list(gradients.values()), distribution)
     add_jacs(list(jacs), list(jacs.values()))

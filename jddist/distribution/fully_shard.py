@@ -38,6 +38,7 @@ class FullyShard(Distribution):
     """
 
     shards_columns = True
+    reduces_every_backward = True
 
     def __init__(self, roots: Sequence[nn.Module], objectives: Placement | None) -> None:
         below = {child for root in roots for child in root.modules() if child is not root}

@@ -1,0 +1,1 @@
+"""jddist inside other trainers; each module needs its own package, named by an extra."""
