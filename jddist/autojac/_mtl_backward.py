@@ -113,7 +113,7 @@ def mtl_backward(
             counts = checked_count(count, len(losses), placement)
             found = _differentiate(
                 losses,
-                as_tensors(features, "features"),
+                [group.inside(f) for f in as_tensors(features, "features")],
                 grad_tensors,
                 None if tasks_params is None else [_unique(p) for p in tasks_params],
                 None if shared_params is None else _unique(shared_params),

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from jddist.errors import UnsupportedModelError
 
@@ -69,11 +70,23 @@ class Internals:
             raise unknown(f"an engine has no method {_PROLOGUE}")
         if self._stage == 3:
             self._zero_hook_ids()
-        self._handle = engine.register_forward_hook(self._note_managers)
+        self._inside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._raw: list[Tensor] = []
+        self._handles = [
+            # Before ZeRO-3's own hooks, which hand out other tensors than the model computed.
+            engine.module.register_forward_hook(self._note_raw, prepend=True),
+            engine.register_forward_hook(self._note_outputs),
+        ]
 
     def release(self) -> None:
-        """Takes the hook off the engine."""
-        self._handle.remove()
+        """Takes the hooks off the engine."""
+        for handle in self._handles:
+            handle.remove()
+
+    def inside(self, tensor: Tensor) -> Tensor:
+        """What the model computed, if ``tensor`` is what the engine handed out for it."""
+        found: Tensor = self._inside.get(tensor, tensor)
+        return found
 
     @property
     def noticed(self) -> bool:
@@ -100,7 +113,15 @@ class Internals:
             stack.enter_context(self._no_output_hooks(engine))
             yield
 
-    def _note_managers(self, _engine: nn.Module, _inputs: Any, output: Any) -> None:
+    def _note_raw(self, _root: nn.Module, _inputs: Any, output: Any) -> None:
+        if self._stage == 3:
+            self._raw = list(_tensors(output))
+
+    def _note_outputs(self, _engine: nn.Module, _inputs: Any, output: Any) -> None:
+        raw, self._raw = self._raw, []
+        for outer, inner in zip(_tensors(output), raw, strict=False):
+            if outer is not inner and inner.grad_fn is not None:
+                self._inside[outer] = inner
         tensors = [t for t in _tensors(output) if t.grad_fn is not None]
         found = [manager for t in tensors for manager in getattr(t, _MANAGERS, ())]
         needed = ("preprocess_done", "preprocess_per_tensor_fn")

@@ -71,6 +71,10 @@ class Distribution:
         """Objectives like ``output`` on a graph that a first pass may differentiate."""
         return output
 
+    def inside(self, tensor: Tensor) -> Tensor:
+        """What the model computed with, if the wrapper handed out ``tensor`` in its place."""
+        return tensor
+
     def check_gives_rows(self) -> None:
         """Raises UnsupportedModelError if only what ``traced`` returned can be differentiated."""
         return None

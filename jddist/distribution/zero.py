@@ -134,6 +134,9 @@ class Zero(Distribution):
             return self._hooks.on_second_graph(output)
         return output
 
+    def inside(self, tensor: Tensor) -> Tensor:
+        return self._hooks.inside(tensor) if isinstance(self._hooks, Internals) else tensor
+
     def check_gives_rows(self) -> None:
         if self.public_only:
             raise unknown("rows of the Jacobian cannot be had by public functions alone")
