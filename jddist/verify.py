@@ -43,6 +43,7 @@ def verify(
         with respect to its parameters: about 1e-15 in float64, 1e-6 in float32. 0 if both are zero.
     """
     engine = Engine(model, batch_dim=batch_dim, objectives=objectives)
+    engine.distribution.check_gives_rows()
     if not isinstance(output, Tensor):
         output = output()
     output = as_plain(output)

@@ -102,8 +102,9 @@ class Contributor:
             local.agree["whether gradients are handed over"] = taken
             taken = taken and no_hooks(trainable, self.scope)
             free = taken and not retain_graph and counts is None
+            traced = self.distribution.traced(output)
             local.blocks = self.local_pass.blocks(
-                output, layout, keep=taken and retain_graph, free=free
+                traced, layout, keep=taken and retain_graph, free=free
             )
             if taken and self.local_pass.accounted:
                 rows = self.local_pass.freed or (retain_graph and counts is None)
@@ -124,6 +125,7 @@ class Contributor:
                 "Found Engine.cross_gramian of tasks with fully_shard; expected another wrapper. "
                 "Take both batches' rows by jddist.autojac.jac, and multiply their local shards."
             )
+        self.distribution.check_gives_rows()
         local = self._described(layout, joint.outputs, parts, counts is not None)
         blocks = [
             self.local_pass.blocks(output, part)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from jddist.distribution.planning import Plan, plan
 from jddist.distribution.schemes import BlockShape, Scheme, forming_flops
+from jddist.distribution.whole import numel_of
 
 from .blocks.cost import materialised_flops, pairwise_flops
 from .parameters import Owner, ParameterTable
@@ -77,7 +78,7 @@ def reports(table: ParameterTable, taken: Taken) -> list[LayerReport]:
 
     A parameter that several modules share counts with the first of them.
     """
-    columns = taken.columns or [entry.parameter.numel() for entry in table.entries]
+    columns = taken.columns or [numel_of(entry.parameter) for entry in table.entries]
     exchange = taken.plan
     if exchange is None:
         local = [taken.shapes]

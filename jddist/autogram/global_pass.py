@@ -24,6 +24,7 @@ from jddist.distribution.exchange import (
 from jddist.distribution.planning import Plan, Prefer, plan, plan_sums
 from jddist.distribution.schemes import BlockShape
 from jddist.distribution.triangle import pack_lower, unpack_lower
+from jddist.distribution.whole import shape_of
 from jddist.errors import NonFiniteObjectiveError
 
 from .blocks.products import mirror_
@@ -135,7 +136,7 @@ def must_agree(
             shape[layout.sharded_dim] = "*"
         shapes.append(f"[{', '.join(shape)}]")
     described = [
-        f"{e.name}:{tuple(e.parameter.shape)}:{e.parameter.dtype}" for e in table.trainable
+        f"{e.name}:{tuple(shape_of(e.parameter))}:{e.parameter.dtype}" for e in table.trainable
     ]
     digest = hashlib.blake2b("\n".join(described).encode(), digest_size=8).hexdigest()
     return {

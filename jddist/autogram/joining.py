@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from jddist.distribution.counts import Count
-from jddist.distribution.fully_shard import FullyShard
 from jddist.errors import UnsupportedModelError
 
 from .accumulation import Accumulation, Joined, MicroBatch
@@ -45,10 +44,11 @@ class Joining:
                 "Found engine.accumulate() inside of engine.accumulate(); expected one. Give all "
                 "batches to the outer one."
             )
-        if isinstance(self.agreement.contributor.distribution, FullyShard):
+        if self.agreement.contributor.distribution.reduces_every_backward:
             raise UnsupportedModelError(
-                "Found engine.accumulate() with fully_shard, which reduces after every backward; "
-                "expected another wrapper. Take larger batches, or a step per micro-batch."
+                "Found engine.accumulate() with fully_shard or DeepSpeed, which reduce after every "
+                "backward; expected another wrapper. Take larger batches, or a step per "
+                "micro-batch."
             )
         accumulation = self._current = Accumulation()
         try:

@@ -157,7 +157,7 @@ class Step:
         elif agreed.books is Books.NO or weights.numel() == 0:
             distribution.check_takes_backward()
             with kept:
-                output.backward(local, retain_graph=retain_graph)
+                distribution.weighted_backward(output, local, retain_graph=retain_graph)
         else:
             if agreed.books is Books.ROWS:
                 gradients = combined(agreed.layout, blocks, entries, local)

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from jddist.distribution.base import Distribution
+from jddist.distribution.whole import shape_of
+
 
 def check_expects_gradients(tensors: Iterable[Tensor], field: str) -> None:
     """Raises ValueError unless torch itself would fill the tensors' ``.grad``."""
@@ -29,10 +32,10 @@ def add_jacs(tensors: Sequence[Tensor], jacs: Sequence[Tensor]) -> None:
     """Adds rows [m, *shape] to each tensor's ``.jac``."""
     check_expects_gradients(tensors, ".jac")
     for tensor, rows in zip(tensors, jacs, strict=True):
-        if rows.shape[1:] != tensor.shape:
+        if rows.shape[1:] != shape_of(tensor):
             raise RuntimeError(
                 f"Found rows of shape {tuple(rows.shape)} for a tensor of shape "
-                f"{tuple(tensor.shape)}; expected one row of the tensor's shape per objective."
+                f"{tuple(shape_of(tensor))}; expected one row of the tensor's shape per objective."
             )
         holder: Any = tensor
         if jac_of(tensor) is None:
@@ -41,11 +44,15 @@ def add_jacs(tensors: Sequence[Tensor], jacs: Sequence[Tensor]) -> None:
             holder.jac += rows
 
 
-def add_grads(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Adds a gradient to each tensor's ``.grad``."""
+def add_grads(
+    tensors: Sequence[Tensor], grads: Sequence[Tensor], distribution: Distribution
+) -> None:
+    """Adds a gradient to each tensor's ``.grad``, or to what the wrapper's next step uses."""
     check_expects_gradients(tensors, ".grad")
     for tensor, grad in zip(tensors, grads, strict=True):
-        if tensor.grad is None:
+        if distribution.keeps_gradient(tensor):
+            distribution.keep_gradient(tensor, grad)
+        elif tensor.grad is None:
             tensor.grad = grad
         else:
             tensor.grad += grad

@@ -14,6 +14,7 @@ from jddist.distribution.base import Distribution
 from jddist.distribution.collectives import column_bounds
 from jddist.distribution.columns import RankColumns
 from jddist.distribution.select import distribution_of
+from jddist.distribution.whole import numel_of
 
 
 def allocate_state(
@@ -41,7 +42,7 @@ def allocate_state(
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    total = sum(tensor.numel() for tensor in tensors)
+    total = sum(numel_of(tensor) for tensor in tensors)
     start, stop = column_bounds(total, ranks.size)[ranks.rank]
     device = tensors[0].device
     devices = [device] if device.type != "cpu" else []

@@ -67,16 +67,17 @@ def backward(
     error: Exception | None = None
     found: list[Tensor] = []
     before: list[Tensor | None] = []
-    try:
-        outputs = as_tensors(tensors, "tensors")
-        if inputs is None:
-            found = default_inputs(outputs, distribution)
-        else:
-            found = list(dict.fromkeys(inputs))
-        check_chunk_size(parallel_chunk_size)
-        check_expects_gradients(found, ".jac")
-        cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
-        with distribution.first_pass():
+    with distribution.first_pass():  # every rank has to enter, whatever it runs into inside
+        try:
+            distribution.check_gives_rows()
+            outputs = as_tensors(tensors, "tensors")
+            if inputs is None:
+                found = default_inputs(outputs, distribution)
+            else:
+                found = list(dict.fromkeys(inputs))
+            check_chunk_size(parallel_chunk_size)
+            check_expects_gradients(found, ".jac")
+            cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
             rows = vjp_rows(
                 outputs,
                 found,
@@ -84,16 +85,16 @@ def backward(
                 retain_graph=retain_graph,
                 chunk_size=parallel_chunk_size,
             )
-        if aggregator is not None:
-            before = [None if (jac := jac_of(t)) is None else jac.clone() for t in found]
-        add_jacs(found, rows)
-        for tensor in found:
-            distribution.row_placements[tensor] = placement
-    except Exception as failure:
-        # With an aggregator the other ranks wait for this one, and have to hear of it.
-        if aggregator is None or distribution.group.size == 1:
-            raise
-        error = failure
+            if aggregator is not None:
+                before = [None if (jac := jac_of(t)) is None else jac.clone() for t in found]
+            add_jacs(found, rows)
+            for tensor in found:
+                distribution.row_placements[tensor] = placement
+        except Exception as failure:
+            # With an aggregator the other ranks wait for this one, and have to hear of it.
+            if aggregator is None or distribution.group.size == 1:
+                raise
+            error = failure
     if aggregator is not None:
         try:
             aggregate_groups([found], [aggregator], distribution=distribution, error=error)

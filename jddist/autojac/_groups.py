@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from jddist.aggregation import Aggregator, GramianWeightedAggregator, WeightedAggregator
 from jddist.distribution.base import Distribution
+from jddist.distribution.whole import shape_of
 
 from ._accumulate import check_expects_gradients, jac_of
 
@@ -99,4 +100,4 @@ def present_jac(tensor: Tensor) -> Tensor:
 
 def shaped(vectors: Sequence[Tensor], group: Sequence[Tensor]) -> list[Tensor]:
     """Each vector in the shape and dtype of its tensor."""
-    return [v.reshape(t.shape).to(t.dtype) for v, t in zip(vectors, group, strict=True)]
+    return [v.reshape(shape_of(t)).to(t.dtype) for v, t in zip(vectors, group, strict=True)]

@@ -54,20 +54,20 @@ def jac(
         UnattachedParameterError: Several ranks run and an input belongs to no attached model.
     """
     given = [outputs] if isinstance(outputs, Tensor) else outputs
-    on_shards = involved_distribution(given, distribution)
-    if isinstance(on_shards, ShardedColumns):
+    found = involved_distribution(given, distribution)
+    if isinstance(found, ShardedColumns):
         return _jac_on_shards(
-            outputs, inputs, jac_outputs, retain_graph, parallel_chunk_size, on_shards
+            outputs, inputs, jac_outputs, retain_graph, parallel_chunk_size, found
         )
-    check_chunk_size(parallel_chunk_size)
-    differentiated = as_tensors(outputs, "outputs")
-    listed: list[Tensor] = [inputs] if is_tensor_like(inputs) else list(inputs)  # type: ignore[list-item]
-    unique = list(dict.fromkeys(listed))
-    check_requires_grad(unique, "inputs")
-    distribution = involved_distribution(differentiated, distribution)
-    stated_objectives(distribution)
-    cotangents = as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
-    with distribution.first_pass():
+    with found.first_pass():  # every rank has to enter, whatever it runs into inside
+        found.check_gives_rows()
+        check_chunk_size(parallel_chunk_size)
+        differentiated = as_tensors(outputs, "outputs")
+        listed: list[Tensor] = [inputs] if is_tensor_like(inputs) else list(inputs)  # type: ignore[list-item]
+        unique = list(dict.fromkeys(listed))
+        check_requires_grad(unique, "inputs")
+        stated_objectives(found)
+        cotangents = as_cotangents(differentiated, jac_outputs, "jac_outputs", "outputs")
         rows = vjp_rows(
             differentiated,
             unique,

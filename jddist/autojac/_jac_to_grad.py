@@ -14,6 +14,7 @@ from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._bases import combine
 from jddist.distribution.base import Distribution
 from jddist.distribution.select import distribution_of
+from jddist.distribution.whole import numel_of
 from jddist.errors import NonFiniteObjectiveError
 from jddist.linalg.gramian import compute_gramian
 
@@ -175,7 +176,7 @@ def aggregate_groups(
         for i in by_turn
     }
     for i, group in enumerate(groups):
-        add_grads(group, shaped(results[i][0], group))
+        add_grads(group, shaped(results[i][0], group), distribution)
     if observers:
         found = [
             seen for _, _, seen in (results[i] for i in range(len(groups))) if seen is not None
@@ -185,7 +186,7 @@ def aggregate_groups(
 
 
 def _check_finite(group: list[Tensor]) -> None:
-    rows = [present_jac(t).reshape(len(present_jac(t)), t.numel()) for t in group]
+    rows = [present_jac(t).reshape(len(present_jac(t)), numel_of(t)) for t in group]
     finite = torch.stack([torch.isfinite(r).all(dim=1) for r in rows]).all(dim=0)
     if not bool(finite.all()):
         bad = ", ".join(f"objective {i}" for i in (~finite).nonzero().flatten().tolist()[:8])
@@ -204,7 +205,7 @@ def _in_one_process(
 ) -> tuple[Sequence[Tensor], Tensor | None, Weighed | None]:
     """A vector for each tensor, the weights, if any, and what observers are told. Nothing is
     written."""
-    rows = deque(present_jac(t).reshape(len(present_jac(t)), t.numel()) for t in group)
+    rows = deque(present_jac(t).reshape(len(present_jac(t)), numel_of(t)) for t in group)
     if not retain_jac:
         free_jacs(group)
     if not by_gramian:
@@ -213,7 +214,7 @@ def _in_one_process(
         with seen_gramian(aggregator, observers) as seen:
             vector, weights = call_aggregator(aggregator, matrix)
         told = weighed(aggregator, matrix, vector, weights, seen, observers)
-        return vector.split([t.numel() for t in group]), weights, told
+        return vector.split([numel_of(t) for t in group]), weights, told
     assert isinstance(aggregator, GramianWeightedAggregator)
     gramian: Tensor = compute_gramian(rows[0])
     for other in list(rows)[1:]:

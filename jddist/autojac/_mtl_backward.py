@@ -13,6 +13,7 @@ from jddist.distribution.base import Distribution, is_average
 from jddist.distribution.counts import Count, checked_count, shares_of_samples
 from jddist.distribution.exchange import scale_rows
 from jddist.distribution.sharded import ShardedColumns
+from jddist.distribution.whole import numel_of, shape_of
 
 from ._accumulate import add_grads, add_jacs, check_expects_gradients
 from ._arguments import as_tensors
@@ -105,13 +106,14 @@ def mtl_backward(
     found: TaskGradients | None = None
     agree: dict[str, object] = {}
     info: dict[str, object] = {}
-    try:
-        losses = as_tensors(tensors, "tensors")
-        counts = checked_count(count, len(losses), placement)
-        with group.first_pass():
+    with group.first_pass():  # every rank has to enter, whatever it runs into inside
+        try:
+            group.check_gives_rows()
+            losses = as_tensors(tensors, "tensors")
+            counts = checked_count(count, len(losses), placement)
             found = _differentiate(
                 losses,
-                as_tensors(features, "features"),
+                [group.inside(f) for f in as_tensors(features, "features")],
                 grad_tensors,
                 None if tasks_params is None else [_unique(p) for p in tasks_params],
                 None if shared_params is None else _unique(shared_params),
@@ -119,14 +121,14 @@ def mtl_backward(
                 retain_graph,
                 parallel_chunk_size,
             )
-        agree = {
-            "number of tasks": len(losses),
-            "dtypes of the tasks": [str(loss.dtype) for loss in losses],
-            "whether count is given": counts is not None,
-        }
-        info = {"count": counts, "finite": found.finite, "tasks": _own_parameters(found, group)}
-    except Exception as failure:  # raised again on every rank, by the handshake
-        error = failure
+            agree = {
+                "number of tasks": len(losses),
+                "dtypes of the tasks": [str(loss.dtype) for loss in losses],
+                "whether count is given": counts is not None,
+            }
+            info = {"count": counts, "finite": found.finite, "tasks": _own_parameters(found, group)}
+        except Exception as failure:  # raised again on every rank, by the handshake
+            error = failure
     infos = group.handshake("mtl_backward", agree, info, error)
     assert found is not None
     m = len(found.finite)
@@ -137,7 +139,7 @@ def mtl_backward(
     if group.group.size > 1:
         needed = sorted({i for of_rank in infos for i in of_rank["tasks"]})
         gradients = _reduce(gradients, needed, group, placement)
-    add_grads(list(gradients), list(gradients.values()))
+    add_grads(list(gradients), list(gradients.values()), group)
     rows = found.rows
     if any(s != 1.0 for s in share.tolist()):
         rows = [scale_rows(r, share.to(r.device)) for r in rows]
@@ -236,11 +238,13 @@ def _reduce(
     pieces = [
         gradients[p].reshape(-1).to(dtype)
         if p in gradients
-        else p.new_zeros(p.numel(), dtype=dtype)
+        else p.new_zeros(numel_of(p), dtype=dtype)
         for p in parameters
     ]
     flat = distribution.group.all_reduce(torch.cat(pieces))
     if is_average(placement):
         flat /= distribution.group.size
-    parts = flat.split([p.numel() for p in parameters])
-    return {p: part.reshape(p.shape).to(p.dtype) for p, part in zip(parameters, parts, strict=True)}
+    parts = flat.split([numel_of(p) for p in parameters])
+    return {
+        p: part.reshape(shape_of(p)).to(p.dtype) for p, part in zip(parameters, parts, strict=True)
+    }

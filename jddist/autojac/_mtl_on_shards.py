@@ -90,5 +90,5 @@ def mtl_on_shards(
     same = distribution.lockstep.group.size
     of_everyone = [shares[rank // same] for rank in range(len(infos))]
     check_tasks_finite([i["finite"] for i in infos], of_everyone)
-    add_grads(list(gradients), list(gradients.values()))
+    add_grads(list(gradients), list(gradients.values()), distribution)
     add_jacs(list(jacs), list(jacs.values()))

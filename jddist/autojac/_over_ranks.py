@@ -18,6 +18,7 @@ from jddist.distribution.columns import check_acts_on_columns
 from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut
 from jddist.distribution.reorder import ColumnOrder
 from jddist.distribution.select import originals
+from jddist.distribution.whole import numel_of
 from jddist.errors import LayoutMismatchError
 
 from ._accumulate import add_grads, free_jacs, jac_of
@@ -114,9 +115,10 @@ def aggregate_over_ranks(
     enter("forward")
     for group, row_group, (vector, _) in zip(groups, row_groups, results, strict=True):
         if row_group.cut is not None:
-            add_grads(group, row_group.cut.gradients(vector))
+            add_grads(group, row_group.cut.gradients(vector), distribution)
         else:
-            add_grads(group, shaped(vector.split([t.numel() for t in group]), group))
+            parts = vector.split([numel_of(t) for t in group])
+            add_grads(group, shaped(parts, group), distribution)
     if observers:
         found = [
             Weighed("", g.gramian if combines(g.aggregator) else None, weights)
@@ -142,9 +144,9 @@ def _local_rows(group: list[Tensor], count: int) -> Tensor:
     for tensor in group:
         jac = jac_of(tensor)
         if jac is None:
-            pieces.append(tensor.new_zeros(count, tensor.numel(), dtype=dtype))
+            pieces.append(tensor.new_zeros(count, numel_of(tensor), dtype=dtype))
         else:
-            pieces.append(jac.detach().reshape(count, tensor.numel()).to(dtype))
+            pieces.append(jac.detach().reshape(count, numel_of(tensor)).to(dtype))
     return torch.cat(pieces, dim=1)
 
 

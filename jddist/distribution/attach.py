@@ -11,7 +11,7 @@ from jddist.errors import UnattachedParameterError
 
 from .base import Distribution
 from .local import Local
-from .select import num_ranks, select
+from .select import is_engine, num_ranks, select
 
 
 def attach(
@@ -25,14 +25,15 @@ def attach(
 
     Args:
         model: The wrapped model (in DistributedDataParallel or fully_shard, as a whole or in
-            parts), or a plain one in a single process. Every rank has to call, since a group for
-            small messages may be created.
+            parts), a DeepSpeed engine, or a plain model in a single process. Every rank has to
+            call, since a group for small messages may be created.
         objectives: Where the rows of the Jacobian live: ``Shard(0)`` if every rank has objectives
             of its own, ``Partial("avg")`` or ``Partial("sum")`` if every rank has an estimate of
             the same objectives. ``backward`` and ``jac`` need it on several ranks;
             ``mtl_backward`` is always ``Partial``. ``Shard(0)`` by default with a ``batch_dim``.
         batch_dim: The dimension of the samples in the tensor of losses, if they are objectives.
-        weighting: For wrappers whose own ``backward`` takes the losses; none is supported yet.
+        weighting: For a DeepSpeed engine, whose own ``backward`` then takes a tensor of losses: the
+            weighting of their Gramian. See :func:`jddist.integrations.deepspeed.attach`.
 
     Returns:
         The distribution; its ``detach()`` undoes the call.
@@ -42,6 +43,10 @@ def attach(
         UnattachedParameterError: Several ranks run and the model is not wrapped.
         ValueError: ``objectives`` is no placement that rows can have, or there is a weighting.
     """
+    if weighting is not None and is_engine(model):
+        from jddist.integrations.deepspeed import attach as attach_engine
+
+        return attach_engine(model, weighting=weighting, batch_dim=batch_dim, objectives=objectives)
     if weighting is not None:
         raise ValueError(
             f"Found weighting={weighting!r} with a {type(model).__name__}; expected None, since "

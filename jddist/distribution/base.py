@@ -57,9 +57,11 @@ class Distribution:
             number of ranks over which it averages. Set it to 1 if you registered a communication
             hook that sums.
         shards_columns: Whether every rank holds a part of each parameter, and of each row.
+        reduces_every_backward: Whether several graphs cannot wait for one backward of them all.
     """
 
     shards_columns = False
+    reduces_every_backward = False
 
     def __init__(
         self,
@@ -115,6 +117,30 @@ class Distribution:
         with self.group.naming():
             yield
         enter("forward")
+
+    def traced(self, output: Tensor) -> Tensor:
+        """Objectives like ``output`` on a graph that a first pass may differentiate."""
+        return output
+
+    def inside(self, tensor: Tensor) -> Tensor:
+        """What the model computed with, if the wrapper handed out ``tensor`` in its place."""
+        return tensor
+
+    def check_gives_rows(self) -> None:
+        """Raises UnsupportedModelError if only what ``traced`` returned can be differentiated."""
+        return None
+
+    def weighted_backward(self, output: Tensor, weights: Tensor, *, retain_graph: bool) -> None:
+        """The wrapper's own backward from objectives with weights of their shape."""
+        output.backward(weights, retain_graph=retain_graph)
+
+    def keeps_gradient(self, tensor: Tensor) -> bool:
+        """Whether the tensor's gradients belong to the wrapper instead of in ``.grad``."""
+        return False
+
+    def keep_gradient(self, tensor: Tensor, gradient: Tensor) -> None:
+        """Adds to what the wrapper's next step uses a gradient that is the same on all ranks."""
+        raise NotImplementedError
 
     def leaves(self) -> dict[Parameter, Tensor]:
         """Which tensor stands for a parameter in the autograd graph, if it is another one."""

@@ -34,6 +34,8 @@ class FullyShard(ShardedColumns):
         UnsupportedModelError: The shards are spread in a way that is not supported.
     """
 
+    reduces_every_backward = True
+
     def __init__(self, roots: Sequence[nn.Module], objectives: Placement | None) -> None:
         roots = outermost(roots)
         self._unsharding = Unsharding(roots)

@@ -22,6 +22,7 @@ from jddist.errors import LayoutMismatchError, RankError
 from .collectives import Group
 from .grid import Grid, Holding, is_cut_over, is_strided
 from .handshake import Handshake
+from .whole import numel_of
 
 
 class Lockstep:
@@ -62,7 +63,7 @@ class Lockstep:
     def numel(self, parameter: Tensor) -> int:
         """The number of a parameter's elements that this rank has in its graph."""
         if not self.cuts(parameter):
-            return parameter.numel()
+            return numel_of(parameter)
         low, high = Holding(parameter, Grid(self.group, (self.group,))).share(self.group.rank)
         return high - low
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from .data_parallel import DataParallel
 from .fully_shard import FullyShard
 from .local import Local
 from .tensor_parallel import TensorParallel
+from .whole import is_partitioned
+from .zero import Zero
 
 
 def num_ranks() -> int:
@@ -27,19 +30,42 @@ def num_ranks() -> int:
     return dist.get_world_size()
 
 
+def is_engine(module: nn.Module) -> bool:
+    """Whether it is DeepSpeed's; asked without importing DeepSpeed."""
+    return any(
+        cls.__name__ == "DeepSpeedEngine" and cls.__module__.startswith("deepspeed.")
+        for cls in type(module).__mro__
+    )
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's model inside its wrapper."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+    wrapped = isinstance(module, DistributedDataParallel) or is_engine(module)
+    inner: Any = module.module if wrapped else module
+    return inner
 
 
-def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distribution | None:
+def select(
+    modules: Iterable[nn.Module],
+    objectives: Placement | None,
+    *,
+    public_only: bool | None = None,
+) -> Distribution | None:
     """The distribution that the modules' wrappers state, or None if there is no wrapper.
+
+    Args:
+        modules: The modules, wrapped or not.
+        objectives: The placement of autojac's rows, or None.
+        public_only: Whether to do without the internals of a DeepSpeed engine.
 
     Raises:
         UnsupportedModelError: The modules are wrapped in something that is not supported, or only
             some of the trainable parameters are wrapped.
     """
     modules = list(modules)
+    engines = [m for root in modules for m in root.modules() if is_engine(m)]
+    if engines:
+        return _of_engine(engines, modules, objectives, public_only)
     wrappers: dict[DistributedDataParallel, None] = {}
     shards = False
     tensors = any(isinstance(p, DTensor) for root in modules for p in root.parameters())
@@ -57,6 +83,7 @@ def select(modules: Iterable[nn.Module], objectives: Placement | None) -> Distri
                 "kind of wrapper. Use fully_shard for the whole model."
             )
         return _sharded(modules, objectives, FullyShard)
+    _refuse_partitioned(p for root in modules for p in root.parameters())
     _refuse_tensor_parallel(wrappers)
     if tensors:
         return _sharded(modules, objectives, TensorParallel)
@@ -180,15 +207,46 @@ def _refuse_unsupported(module: nn.Module) -> None:
         )
     elif "ReplicateModule" in kinds:
         found, fix = "replicate", "Use DistributedDataParallel."
-    elif "DeepSpeedEngine" in kinds:
-        found, fix = "a DeepSpeed engine", "Use DistributedDataParallel."
     else:
         return
     raise UnsupportedModelError(
         f"Found a model wrapped in {found}; expected a plain model, DistributedDataParallel, "
-        "fully_shard, or layers of parallelize_module, which are what is supported so far. "
-        f"{fix}"
+        "fully_shard, layers of parallelize_module, or a DeepSpeed engine, which are what is "
+        f"supported so far. {fix}"
     )
+
+
+def _of_engine(
+    engines: list[nn.Module],
+    modules: list[nn.Module],
+    objectives: Placement | None,
+    public_only: bool | None,
+) -> Zero:
+    """The distribution of an earlier ``attach`` of the same engine, or a new one."""
+    known = {p for p in engines[0].parameters()}
+    bare = [n for root in modules for n, p in root.named_parameters() if p not in known]
+    if len(set(engines)) > 1 or bare:
+        raise UnsupportedModelError(
+            f"Found {len(set(engines))} DeepSpeed engines and {len(bare)} parameters outside of "
+            "the first; expected one engine that holds the whole model. Pass it alone."
+        )
+    for distribution in all_attached():
+        if not isinstance(distribution, Zero) or not distribution.is_of(engines[0]):
+            continue
+        if public_only in (None, distribution.public_only):
+            distribution.restate(objectives)
+            return distribution
+        distribution.detach()
+    return Zero(engines[0], objectives, public_only)
+
+
+def _refuse_partitioned(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        if is_partitioned(parameter) and attached_distribution(parameter) is None:
+            raise UnsupportedModelError(
+                "Found a parameter that DeepSpeed's ZeRO-3 has partitioned; expected its engine. "
+                "Pass the engine that deepspeed.initialize returned."
+            )
 
 
 def _refuse_tensor_parallel(wrappers: Iterable[DistributedDataParallel]) -> None:
