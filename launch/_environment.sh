@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: creates .venv and installs what is asked for, once.
 #
 # install_extras EXTRA,EXTRA...  leaves $python set to the environment's interpreter. The work is

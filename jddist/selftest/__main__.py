@@ -46,6 +46,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=list(WRAPPERS),
         help="(default: all; what is not installed is skipped)",
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="check this process, whatever torchrun has set"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--timeout",
@@ -86,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         try:
             # Half of the time is left for the ranks to tell each other of a collective that hung.
-            ranks = join(args.backend, args.device, args.timeout / 2)
+            ranks = join(args.backend, args.device, args.timeout / 2, alone=args.alone)
         except CannotJoinError as error:
             print(f"jddist.selftest: {error}", file=sys.stderr)
             return 2

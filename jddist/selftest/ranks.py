@@ -59,7 +59,9 @@ class Ranks:
             torch.cuda.synchronize(self.device)
 
 
-def join(backend: str | None, device: str | None, timeout: float) -> Ranks:
+def join(
+    backend: str | None, device: str | None, timeout: float, *, alone: bool = False
+) -> Ranks:
     """Joins the ranks that torchrun (or anything else that sets its variables) started.
 
     Without ``RANK`` in the environment the process is a group of its own.
@@ -68,20 +70,21 @@ def join(backend: str | None, device: str | None, timeout: float) -> Ranks:
         backend: None: NCCL if every local rank has a GPU, else gloo.
         device: "cpu" or "cuda"; None: as the backend needs it.
         timeout: Seconds that meeting the others may take.
+        alone: To be a group of its own even with ``RANK``.
 
     Raises:
         CannotJoinError: Variables are missing, the backend is not there, or the others did not
             come in time.
     """
-    alone = "RANK" not in os.environ
+    alone = alone or "RANK" not in os.environ
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing and not alone:
         raise CannotJoinError(
             f"Found RANK without {', '.join(missing)}; expected all of {', '.join(_NEEDED)}. "
             "Start with torchrun, or unset RANK to check one process."
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if alone else str(local_rank + 1)))
+    local_rank = 0 if alone else int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1)))
     backend = backend or _default_backend(device, local_size)
     found = _device(backend, device, local_rank)
     limit = timedelta(seconds=timeout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -25,13 +24,10 @@ from tests._ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
-COLLECTIVES = 9
-METHODS = 3
 
-
-def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _torchrun(ranks: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "-m", "jddist.selftest", *arguments]
+    command += ["--nproc-per-node", str(ranks), "-m", "jddist.selftest"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = str(ROOT)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
@@ -45,18 +41,6 @@ def test_four_ranks_print_a_table() -> None:
     assert "ok: " in result.stdout and "FAILED" not in result.stdout
     for line in ("uneven all-to-all", "ddp: per sample", "fully_shard: per task by rows, MoCo"):
         assert f"\n{line}" in result.stdout
-
-
-def test_two_ranks_print_json() -> None:
-    result = _torchrun(2, "--json", "--wrappers", "ddp")
-    assert result.returncode == 0, result.stderr[-4000:]
-    content = json.loads(result.stdout)
-    assert content["ok"] is True and content["ranks"] == 2
-    checks = {check["name"]: check for check in content["checks"]}
-    assert len(checks) == COLLECTIVES + METHODS + 1
-    assert "GB/s" in checks["all-reduce, 8 MiB"]["detail"]
-    errors = [check["error"] for name, check in checks.items() if name.startswith("ddp")]
-    assert max(errors) <= 1e-10 and max(errors) > 0  # it did compute something
 
 
 def _ranks(rank: int, world_size: int) -> Ranks:
