@@ -93,7 +93,11 @@ class Contributor:
             assert isinstance(self.distribution, FullyShard)
             self.distribution.check_takes_passes()
             local.agree["parameters reached"] = self.local_pass.reached(output)
+            local.agree["reshard"] = self.distribution.reshard
             local.blocks = [None] * len(self.table.entries)
+            # Columns of the global rows, weighed, are this rank's part of the gradient.
+            if step and self.local_pass.accounted and no_hooks(self.table.trainable, self.scope):
+                local.books = Books.ROWS
         else:
             trainable = self.table.trainable
             taken = step and self.sees_wrappers

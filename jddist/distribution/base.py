@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from .handshake import Handshake
 from .once import Job, run_on_rank_zero
 
 POSSIBLE_PLACEMENTS: tuple[Placement, ...] = (Shard(0), Partial("avg"), Partial("sum"))
+
+# What of speed and memory passes over sharded parameters spare.
+Reshard = Literal["memory", "speed"]
 
 # The distribution that each attached parameter belongs to.
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -43,12 +47,15 @@ class Distribution:
             number of ranks over which it averages. Set it to 1 if you registered a communication
             hook that sums.
         shards_columns: Whether every rank holds a part of each parameter, and of each row.
+        reshard: Whether sharded parameters are gathered for every row of tasks ("memory") or once
+            for all of them ("speed").
     """
 
     shards_columns = False
 
     def __init__(self, group: Group, objectives: Placement | None) -> None:
         self.group = group
+        self.reshard: Reshard = "memory"
         self.objectives = None if objectives is None else check_placement(objectives)
         self.divisor: float = group.size
         # Weak: the table of attached parameters owns this object, and must not keep models alive.
@@ -166,6 +173,13 @@ def check_placement(placement: Placement) -> Placement:
         f"Found objectives={placement!r}; expected Shard(0) (every rank has objectives of its own)"
         ', Partial("avg") or Partial("sum") (every rank has an estimate of the same objectives).'
     )
+
+
+def check_reshard(reshard: Reshard) -> Reshard:
+    """Raises ValueError unless it is "memory" or "speed"."""
+    if reshard not in ("memory", "speed"):
+        raise ValueError(f"Found reshard={reshard!r}; expected 'memory' or 'speed'.")
+    return reshard
 
 
 def is_sharded(placement: Placement) -> bool:

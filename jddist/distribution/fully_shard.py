@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -90,15 +90,24 @@ class FullyShard(Distribution):
     ) -> tuple[dict[Parameter, Tensor], list[bool]]:
         """Rows by one backward pass each; every rank has to call. See ``reduced_rows``."""
         divisor = self._divide_factor()
-        with paused():
-            return reduced_rows(
-                passes,
-                self.leaves(),
-                self.group,
-                divisor,
-                retain_graph=retain_graph,
-                summed=summed,
-            )
+        keeps = self.reshard == "speed"
+        try:
+            with paused():
+                return reduced_rows(
+                    passes,
+                    self.leaves(),
+                    self.group,
+                    divisor,
+                    retain_graph=retain_graph,
+                    summed=summed,
+                    not_last=self._unsharding.kept if keeps else nullcontext,
+                )
+        except BaseException:
+            self._unsharding.drop_failed_passes()
+            raise
+        finally:
+            if keeps:  # whatever the last pass did not reach
+                self._unsharding.reshard_after_passes()
 
     def no_rows(self, parameter: Parameter) -> Tensor:
         """The Jacobian of nothing."""

@@ -305,7 +305,7 @@ REFERENCES: dict[str, Callable[[], Found]] = {
 @pytest.mark.parametrize(("world_size", "kind", "replicas"), WORLDS)
 def test_any_cut_takes_the_step_of_one_process(world_size: int, kind: str, replicas: int) -> None:
     assert kind != "empty" or 0 in split_sizes(SAMPLES, world_size, kind)
-    ranks = run_ranks(_all_cases, world_size, kind, replicas, timeout=20.0)
+    ranks = run_ranks(_all_cases, world_size, kind, replicas)
     for case in ranks[0]:
         expected = REFERENCES[case]()
         for found in (rank[case] for rank in ranks):
