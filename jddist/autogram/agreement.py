@@ -101,7 +101,10 @@ class Agreement:
         assert isinstance(distribution, FullyShard)
         factor = distribution.backward_factor(placement)
         table = self.contributor.table
-        layout, blocks = row_blocks(distribution, found.layout, output, table, factor)
+        retain = retain_graph or found.books is Books.NO
+        layout, blocks = row_blocks(
+            distribution, found.layout, output, table, factor, retain_graph=retain
+        )
         return Agreed(layout, blocks, found.infos, found.dtype, found.books)
 
     def of(self, call: str, find_local: Callable[[], Contribution], *, passes: bool) -> Agreed:

@@ -94,7 +94,14 @@ class Contributor:
             assert isinstance(self.distribution, FullyShard)
             self.distribution.check_takes_passes()
             local.agree["parameters reached"] = self.local_pass.reached(output)
+            local.agree["reshard"] = self.distribution.reshard
             local.blocks = [None] * len(self.table.entries)
+            # Columns of the global rows, weighed, are this rank's part of the gradient; in lockstep
+            # a rank has only those for which it answers.
+            alone = not self.distribution.lockstep.active
+            known = self.local_pass.accounted and no_hooks(self.table.trainable, self.scope)
+            if step and alone and known:
+                local.books = Books.ROWS
         else:
             trainable = self.table.trainable
             taken = step and self.sees_wrappers

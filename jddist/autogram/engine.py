@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Shard
 
 from jddist._observing import Observers
-from jddist.distribution.base import Distribution, check_placement
+from jddist.distribution.base import Distribution, Reshard, check_placement, check_reshard
 from jddist.distribution.counts import Count
 from jddist.distribution.lockstep import as_plain, mesh_of, on_mesh
 from jddist.distribution.planning import Prefer, check_prefer
@@ -68,6 +68,9 @@ class Engine:
         prefer: How the exchange between ranks is chosen for each layer: "time" weighs the bytes
             that are sent and the operations of each rank, "bytes" takes the fewest bytes, which on
             many ranks may cost many times the operations. See :func:`jddist.distribution.plan`.
+        reshard: For tasks in fully_shard: whether parameters are gathered for every task ("memory")
+            or once for all of them ("speed"); see :func:`jddist.attach`. By default as stated
+            there, else "memory".
 
     Attributes:
         observers: Who watches the steps, such as a ``jddist.monitoring.Recorder``.
@@ -87,8 +90,11 @@ class Engine:
         memory_budget: int = DEFAULT_BUDGET,
         nonfinite: Literal["raise", "skip"] = "raise",
         prefer: Prefer = "time",
+        reshard: Reshard | None = None,
     ) -> None:
         check_prefer(prefer)
+        if reshard is not None:
+            check_reshard(reshard)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Found nonfinite={nonfinite!r}; expected 'raise' or 'skip'.")
         given, recursive = given_modules(modules)
@@ -101,6 +107,8 @@ class Engine:
         table, batched = members.table, batch_dim is not None
         parameters = [entry.parameter for entry in table.trainable]
         self._distribution = distribution_of(parameters, selected)
+        if reshard is not None:
+            self._distribution.reshard = reshard
         members.check_reduced(self._distribution)
         members.check_current(self._distribution, batched=batched)
         capture = Capture(

@@ -6,19 +6,21 @@ columns of the global rows. No rank ever has more of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from jddist.distribution.cut import part_of
+from jddist.distribution.base import accumulate
+from jddist.distribution.cut import like, part_of
 from jddist.distribution.row_passes import RowPass
 from jddist.distribution.sharded import ShardedColumns
 
 from .blocks import DenseBlock
 from .global_pass import GlobalLayout
 from .local_pass import Blocks
-from .parameters import ParameterTable
+from .parameters import Entry, ParameterTable
 
 
 def row_blocks(
@@ -27,6 +29,8 @@ def row_blocks(
     output: Tensor,
     table: ParameterTable,
     factor: float,
+    *,
+    retain_graph: bool,
 ) -> tuple[GlobalLayout, Blocks]:
     """This rank's columns of all rows, and the layout that says so.
 
@@ -36,6 +40,7 @@ def row_blocks(
         output: This rank's estimates of them.
         table: The parameters.
         factor: By what the wrapper's reduction of an estimate is off.
+        retain_graph: Whether to keep the graph after the last row.
     """
     objectives = layout.local.rows_of(output)
     parameters = [entry.parameter for entry in table.trainable]
@@ -44,10 +49,27 @@ def row_blocks(
         RowPass([objectives], [start], scale * factor, parameters)
         for start, scale in zip(identity, layout.backward_scale, strict=True)
     ]
-    rows, finite = distribution.rows(passes, retain_graph=True)
+    rows, finite = distribution.rows(passes, retain_graph=retain_graph)
     blocks: Blocks = [None] * len(table.entries)
     for entry in table.trainable:
         if entry.parameter in rows and distribution.lockstep.counts(entry.parameter):
             local = part_of(rows[entry.parameter])
             blocks[entry.index] = DenseBlock(local.reshape(len(passes), local.shape[1:].numel()))
     return replace(layout, rows_finite=tuple(finite)), blocks
+
+
+def write_columns(blocks: Blocks, entries: Sequence[Entry], weights: Tensor) -> None:
+    """Adds this rank's part of the weighted gradient to ``.grad``, as the wrapper's backward would.
+
+    Args:
+        blocks: This rank's columns of all rows.
+        entries: The parameters.
+        weights: One for each row.
+    """
+    with torch.no_grad():
+        for entry in entries:
+            block, parameter = blocks[entry.index], entry.parameter
+            if block is not None:
+                local = part_of(parameter)
+                gradient = block.combine(weights).view(local.shape).to(local.dtype)
+                accumulate(parameter, like(parameter, gradient))

@@ -27,6 +27,7 @@ from .contribution import Contributor
 from .explanation import Taken
 from .local_pass import Blocks
 from .reporting import Reporter
+from .row_blocks import write_columns
 
 Weigher = Callable[[Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor], None]
@@ -154,6 +155,10 @@ class Step:
         kept = paused() if retain_graph else nullcontext()
         if backward is not None:
             backward(output, local)
+        elif agreed.layout.rows_finite is not None and agreed.books is Books.ROWS:
+            # The rows are the global ones, of which this rank has the columns of its gradients.
+            of_rows = agreed.layout.whole.rows_of(weights.detach())
+            write_columns(blocks, entries, of_rows)
         elif agreed.books is Books.NO or weights.numel() == 0:
             distribution.check_takes_backward()
             with kept:

@@ -65,6 +65,7 @@ def mtl_on_shards(
             "number of tasks": len(losses),
             "dtypes of the tasks": [str(loss.dtype) for loss in losses],
             "whether count is given": counts is not None,
+            "reshard": distribution.reshard,
             "shared parameters": described(shared, distribution),
             "parameters of the tasks": [described(params, distribution) for params in tasks],
         }

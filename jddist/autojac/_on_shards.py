@@ -85,7 +85,10 @@ def rows_of_elements(
             raise error
         distribution.check_takes_passes()
         m = sum(o.numel() for o in outputs) if cotangents is None else len(cotangents[0])
-        agree = {"parameters": described(parameters, distribution)}
+        agree = {
+            "parameters": described(parameters, distribution),
+            "reshard": distribution.reshard,
+        }
         if not is_sharded(placement):
             agree["number of rows"] = m
         info = {"rows": m}

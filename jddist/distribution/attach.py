@@ -9,7 +9,7 @@ from torch.distributed.tensor import Placement, Shard
 
 from jddist.errors import UnattachedParameterError
 
-from .base import Distribution
+from .base import Distribution, Reshard, check_reshard
 from .local import Local
 from .select import is_engine, num_ranks, select
 
@@ -20,6 +20,7 @@ def attach(
     objectives: Placement | None = None,
     batch_dim: int | None = None,
     weighting: Callable[[Tensor], Tensor] | None = None,
+    reshard: Reshard = "memory",
 ) -> Distribution:
     """Makes ``mtl_backward``, ``backward``, ``jac`` and ``jac_to_grad`` global for a model.
 
@@ -34,6 +35,11 @@ def attach(
         batch_dim: The dimension of the samples in the tensor of losses, if they are objectives.
         weighting: For a DeepSpeed engine, whose own ``backward`` then takes a tensor of losses: the
             weighting of their Gramian. See :func:`jddist.integrations.deepspeed.attach`.
+        reshard: How rows of tasks are differentiated towards parameters in fully_shard, by one
+            backward pass for each task. "memory": every pass gathers the parameters that the
+            wrapper reshards, so that no rank holds more of them than in an ordinary backward.
+            "speed": they are gathered once and stay whole until the last pass, which takes n
+            numbers more on every rank, n being the number of parameters. The same on every rank.
 
     Returns:
         The distribution; its ``detach()`` undoes the call.
@@ -41,7 +47,8 @@ def attach(
     Raises:
         UnsupportedModelError: The wrapper is not supported.
         UnattachedParameterError: Several ranks run and the model is not wrapped.
-        ValueError: ``objectives`` is no placement that rows can have, or there is a weighting.
+        ValueError: ``objectives`` is no placement that rows can have, or there is a weighting, or
+            ``reshard`` is neither of the two.
     """
     if weighting is not None and is_engine(model):
         from jddist.integrations.deepspeed import attach as attach_engine
@@ -55,6 +62,7 @@ def attach(
         )
     if objectives is None and batch_dim is not None:
         objectives = Shard(0)
+    check_reshard(reshard)
     distribution = select([model], objectives)
     if distribution is None:
         if num_ranks() > 1:
@@ -65,4 +73,5 @@ def attach(
             )
         distribution = Local(objectives)
         distribution.register(model)
+    distribution.reshard = reshard
     return distribution

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ POSSIBLE_PLACEMENTS: tuple[Placement, ...] = (Shard(0), Partial("avg"), Partial(
 
 # What ranks that have the same objectives tell alike.
 _OF_OBJECTIVES = ("size", "count", "rows", "both")
+# What of speed and memory passes over sharded parameters spare.
+Reshard = Literal["memory", "speed"]
 
 # The distribution that each attached parameter belongs to.
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -58,6 +60,8 @@ class Distribution:
             hook that sums.
         shards_columns: Whether every rank holds a part of each parameter, and of each row.
         reduces_every_backward: Whether several graphs cannot wait for one backward of them all.
+        reshard: Whether sharded parameters are gathered for every row of tasks ("memory") or once
+            for all of them ("speed").
     """
 
     shards_columns = False
@@ -75,6 +79,7 @@ class Distribution:
         self.everyone = everyone or group
         self.columns = columns or Grid(group, (group,))
         self.lockstep = Lockstep()
+        self.reshard: Reshard = "memory"
         self.objectives = None if objectives is None else check_placement(objectives)
         self.divisor: float = group.size
         # Weak: the table of attached parameters owns this object, and must not keep models alive.
@@ -243,6 +248,13 @@ def check_placement(placement: Placement) -> Placement:
         f"Found objectives={placement!r}; expected Shard(0) (every rank has objectives of its own)"
         ', Partial("avg") or Partial("sum") (every rank has an estimate of the same objectives).'
     )
+
+
+def check_reshard(reshard: Reshard) -> Reshard:
+    """Raises ValueError unless it is "memory" or "speed"."""
+    if reshard not in ("memory", "speed"):
+        raise ValueError(f"Found reshard={reshard!r}; expected 'memory' or 'speed'.")
+    return reshard
 
 
 def is_sharded(placement: Placement) -> bool:

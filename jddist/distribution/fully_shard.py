@@ -9,7 +9,7 @@ second run one graph in lockstep.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
@@ -79,15 +79,24 @@ class FullyShard(ShardedColumns):
     ) -> tuple[dict[Parameter, Tensor], list[bool]]:
         """Rows by one backward pass each; every rank has to call. See ``reduced_rows``."""
         divisor = self._divide_factor()
-        with self.group.naming(), paused():
-            return reduced_rows(
-                passes,
-                self.leaves(),
-                self.group,
-                divisor,
-                retain_graph=retain_graph,
-                summed=summed,
-            )
+        keeps = self.reshard == "speed"
+        try:
+            with self.group.naming(), paused():
+                return reduced_rows(
+                    passes,
+                    self.leaves(),
+                    self.group,
+                    divisor,
+                    retain_graph=retain_graph,
+                    summed=summed,
+                    not_last=self._unsharding.kept if keeps else nullcontext,
+                )
+        except BaseException:
+            self._unsharding.drop_failed_passes()
+            raise
+        finally:
+            if keeps:  # whatever the last pass did not reach
+                self._unsharding.reshard_after_passes()
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:

@@ -7,8 +7,8 @@ what a backward leaves in ``.grad``, which is put back as it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ def reduced_rows(
     *,
     retain_graph: bool,
     summed: Collection[Parameter] = (),
+    not_last: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[dict[Parameter, Tensor], list[bool]]:
     """Every parameter's rows of all passes, and whether this rank's part of each row is finite.
 
@@ -57,6 +58,7 @@ def reduced_rows(
         divisor: By what the wrapper divides the sum over ranks.
         retain_graph: Whether to keep the graph after the last pass.
         summed: Parameters whose rows are added up: they get a gradient instead.
+        not_last: A guard around every pass but the last.
 
     Returns:
         For each parameter of any pass [m, *shape], zeros in rows that are not differentiated
@@ -67,9 +69,10 @@ def reduced_rows(
     rows = {p: new_rows(p, 1 if p in summed else len(passes)) for p in parameters}
     flags = []
     for i, one in enumerate(passes):
-        retain = retain_graph or i < len(passes) - 1
+        last = i == len(passes) - 1
         targets = {p: rows[p][0 if p in summed else i] for p in one.parameters}
-        flags.append(_run(one, leaves, targets, retain))
+        with nullcontext() if last else not_last():
+            flags.append(_run(one, leaves, targets, retain_graph or not last))
     for parameter in parameters:
         if parameter not in leaves:  # all ranks hold it, and the wrapper leaves it alone
             group.all_reduce(rows[parameter]).div_(divisor)

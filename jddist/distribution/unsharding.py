@@ -110,11 +110,29 @@ class Unsharding:
             for group, reduce_grads, reshard_after_backward in before:
                 group.reduce_grads = reduce_grads
                 group.reshard_after_backward = reshard_after_backward
-            self._end_failed_passes()
+            self.end_failed_passes()
             for listed, contents in prefetches:
                 listed[:] = contents
             for module in sharded:
                 module.reshard()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, backward passes leave the parameters whole that they gather."""
+        before = [(group, group.reshard_after_backward) for group in self._groups]
+        try:
+            for group, _ in before:
+                group.reshard_after_backward = False
+            yield
+        finally:
+            for group, reshard_after_backward in before:
+                group.reshard_after_backward = reshard_after_backward
+
+    def reshard_after_passes(self) -> None:
+        """What the end of an ordinary backward does about parameters that are still whole."""
+        for group in self._groups:
+            if group.reshard_after_backward:
+                group.reshard()
 
     def _prefetches(self) -> list[tuple[list[Any], list[Any]]]:
         """The lists by which a backward gathers parameters ahead, with their contents.
@@ -127,13 +145,29 @@ class Unsharding:
         orders = {id(order): order for s in states if (order := s._comm_ctx.post_forward_order)}
         return [(listed, list(listed)) for listed in [*lists, *orders.values()]]
 
-    def _end_failed_passes(self) -> None:
+    def end_failed_passes(self) -> None:
         """A pass that raised has not run the callback at its end, and no later one would queue it:
         the gradients of some modules would then never be reduced."""
         for module in self._modules:
             state: Any = module._get_fsdp_state()
             if state._state_ctx.post_backward_final_callback_queued:
                 state._root_post_backward_final_callback()
+
+    def drop_failed_passes(self) -> None:
+        """Ends a pass that raised. What it left is thrown away and not reduced: the other ranks
+        may have got further, or not so far."""
+        before = [(group, group.reduce_grads) for group in self._groups]
+        try:
+            for group, _ in before:
+                group.reduce_grads = False
+            self.end_failed_passes()
+        finally:
+            for group, reduce_grads in before:
+                group.reduce_grads = reduce_grads
+        for parameter in self._params():
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+            parameter.unsharded_accumulated_grad = None
 
     def _params(self) -> Iterator[Any]:
         for group in self._groups:

@@ -1,8 +1,8 @@
 """``model_engine.backward(losses)`` on every ZeRO stage: the update of one process.
 
 Tolerances: DeepSpeed's master weights are float32 (6e-8 relative rounding, as measured: 1.3e-7
-after five updates). UPGrad's weights solve with the Gramian, and that of the tied model, whose layers are
-two and three wide under nine samples, is nearly singular: there 3e-6 was measured.
+after five updates). UPGrad's weights solve with the Gramian, and that of the tied model, whose
+layers are two and three wide under nine samples, is nearly singular: there 3e-6 was measured.
 """
 
 from __future__ import annotations

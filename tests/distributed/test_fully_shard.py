@@ -71,7 +71,7 @@ def _all_cases(rank: int, world_size: int, kind: str, replicas: int) -> dict[str
 @pytest.mark.parametrize(("world_size", "kind", "replicas"), WORLDS)
 def test_any_cut_takes_the_step_of_one_process(world_size: int, kind: str, replicas: int) -> None:
     assert kind != "empty" or 0 in split_sizes(SAMPLES, world_size, kind)
-    check_cases(run_ranks(_all_cases, world_size, kind, replicas, timeout=20.0))
+    check_cases(run_ranks(_all_cases, world_size, kind, replicas))
 
 
 def test_the_shards_of_four_ranks_are_uneven_and_some_empty() -> None:

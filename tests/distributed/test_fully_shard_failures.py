@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,22 @@ def _failures(rank: int, world_size: int) -> dict[str, Any]:
         output = model.last(_Raises.apply(features) if here else features)
         engine.compute_gramian(LOSSES["instance"](output, y))
 
+    def failing_row(reshard: Literal["memory", "speed"]) -> None:
+        features = model.norm(model.first(x))
+        output = model.last(_Raises.apply(features))
+        tasks.distribution.reshard = reshard
+        try:
+            tasks.compute_gramian(LOSSES["task"](output, y))
+        finally:
+            tasks.distribution.reshard = "memory"
+
+    def other_reshard(call: Callable[[], Any]) -> None:
+        tasks.distribution.reshard = "speed" if culprit else "memory"
+        try:
+            call()
+        finally:
+            tasks.distribution.reshard = "memory"
+
     def factors() -> None:
         model.last.set_gradient_divide_factor(5.0)
         try:
@@ -146,6 +162,11 @@ def _failures(rank: int, world_size: int) -> dict[str, Any]:
         "no sync, mtl": lambda: without_sync(lambda: _mtl(model, x, y, lambda v: v)),
         "failing pass": lambda: failing_pass(True),
         "failing pass of one rank": lambda: failing_pass(culprit),
+        "failing row": lambda: failing_row("memory"),
+        "failing row, speed": lambda: failing_row("speed"),
+        "other reshard": lambda: other_reshard(lambda: tasks.compute_gramian(means())),
+        "other reshard, mtl": lambda: other_reshard(lambda: _mtl(model, x, y, lambda v: v)),
+        "other reshard, rows": lambda: other_reshard(lambda: backward(list(means()))),
         "factors": factors,
         "foreign rows": foreign_rows,
         "skipped": skipped,
@@ -208,6 +229,13 @@ EXPECTED = {
     "failing pass": "RuntimeError: a backward of the user's own",
     "failing pass of one rank": "RankError: Engine.compute_gramian failed before the ranks "
     "exchanged anything: rank 1 raised",
+    "failing row": "RuntimeError: a backward of the user's own",
+    "failing row, speed": "RuntimeError: a backward of the user's own",
+    "other reshard": "LayoutMismatchError: Found ranks that disagree in Engine.compute_gramian on "
+    "reshard",
+    "other reshard, mtl": "LayoutMismatchError: Found ranks that disagree in mtl_backward on "
+    "reshard",
+    "other reshard, rows": "LayoutMismatchError: Found ranks that disagree in backward on reshard",
     "factors": "ValueError: Found modules with different gradient divide factors",
     "foreign rows": "ValueError: Found a .jac of a sharded parameter",
     "skipped": NO_RANK,
