@@ -17,6 +17,7 @@ from jddist.distribution.fully_shard import FullyShard
 
 from .book_keeping import Books, agreed
 from .contribution import Contribution, Contributor
+from .early import EarlyGramian
 from .global_pass import GlobalLayout
 from .local_pass import Blocks
 from .members import Members
@@ -34,6 +35,7 @@ class Agreed:
         infos: What every rank told the others.
         dtype: The dtype of this rank's objectives.
         books: How this rank gets its weighted gradient.
+        early: What was counted of the Gramian already, in one process.
     """
 
     layout: GlobalLayout
@@ -41,10 +43,11 @@ class Agreed:
     infos: list[dict[str, Any]]
     dtype: torch.dtype
     books: Books
+    early: EarlyGramian | None = None
 
     def without_blocks(self) -> Agreed:
         """The same, for those who need no rows."""
-        return replace(self, blocks=[])
+        return replace(self, blocks=[], early=None)
 
 
 @dataclass(eq=False)
@@ -69,6 +72,7 @@ class Agreement:
         weights: Tensor | None = None,
         step: bool = False,
         retain_graph: bool = True,
+        reusable: bool = False,
     ) -> Agreed:
         """Agrees on one output.
 
@@ -80,10 +84,11 @@ class Agreement:
                 is agreed on.
             step: Whether the weighted gradient is to come from the blocks, if that is possible.
             retain_graph: Whether to keep the graph even so.
+            reusable: Whether the blocks are to be of use for more than one Gramian.
         """
 
         def local() -> Contribution:
-            return self.contributor.of_output(output, count, weights, step, retain_graph)
+            return self.contributor.of_output(output, count, weights, step, retain_graph, reusable)
 
         by_passes = weights is None and self.contributor.by_passes
         found = self.of(call, local, passes=weights is None and not by_passes)
@@ -119,7 +124,7 @@ class Agreement:
         self._warn_if_uneven(infos)
         books = agreed([info["books"] for info in infos], local.books)
         layout = GlobalLayout.of(local.layout, infos, distribution.group.rank, placement)
-        return Agreed(layout, local.blocks, infos, local.dtype, books)
+        return Agreed(layout, local.blocks, infos, local.dtype, books, local.early)
 
     def check_modules(self) -> None:
         """Raises if the modules have become unfit for a step."""

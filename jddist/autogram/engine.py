@@ -330,5 +330,5 @@ class Engine:
         Returns:
             How this rank's objectives lie among all, and its blocks of rows.
         """
-        agreed = self._agreement.of_output(call, output, count)
+        agreed = self._agreement.of_output(call, output, count, reusable=True)
         return agreed.layout, agreed.blocks

@@ -26,6 +26,7 @@ from jddist.distribution.triangle import pack_lower, unpack_lower
 from jddist.errors import NonFiniteObjectiveError
 
 from .blocks.products import mirror_
+from .early import EarlyGramian
 from .layout import OutputLayout
 from .local_pass import Blocks
 from .parameters import ParameterTable
@@ -174,8 +175,19 @@ def gramian(
     output: Tensor,
     table: ParameterTable,
     prefer: Prefer = "bytes",
+    early: EarlyGramian | None = None,
 ) -> GramianParts:
-    """The global Gramian in the engine's order of rows."""
+    """The global Gramian in the engine's order of rows.
+
+    Args:
+        distribution: The ranks.
+        layout: The layout of the objectives.
+        blocks: This rank's blocks of rows.
+        output: Its objectives.
+        table: The parameters.
+        prefer: How exchanges are chosen.
+        early: What was counted already, in one process.
+    """
     group, device = distribution.group, output.device
     entries = table.entries
     columns = [e.parameter.numel() for e in entries]
@@ -186,7 +198,10 @@ def gramian(
     m = layout.whole.num_rows
     scale = torch.tensor(layout.row_scale, dtype=torch.float64, device=device)
     if group.size == 1:
-        values = local_gramian(blocks, m, device)
+        if early is None:
+            values = local_gramian(blocks, m, device)
+        else:
+            values = mirror_(early.complete(blocks))
         dropped = scale == 0
         if 0.0 in layout.row_scale:
             values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)

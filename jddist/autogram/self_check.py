@@ -45,9 +45,7 @@ def wrong_entries(
     """
     if not entries:
         return frozenset()
-    generator = torch.Generator().manual_seed(layout.num_rows)
-    draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
-    draw = draw.to(device=output.device, dtype=output.dtype)
+    draw = draw_weights(output, layout)
     wrong = _disagreeing(output, layout, entries, leaves, blocks, draw, eps)
     if not wrong or layout.num_rows < 2:
         return wrong
@@ -80,16 +78,60 @@ def _disagreeing(
     eps: float,
 ) -> frozenset[int] | None:
     """``wrong_entries`` for one combination of the rows."""
-    expected = weighted_gradients(output, layout.shaped(weights), leaves)
-    with torch.no_grad():
-        total = math.hypot(*(float(_norm(g)) for g in expected if g is not None))
-        if not math.isfinite(total):
-            return None
-        return frozenset(
-            entry.index
-            for entry, gradient in zip(entries, expected, strict=True)
-            if not _agree(blocks[entry.index], weights, gradient, total, eps)
-        )
+    expected = Expected(output, layout, entries, leaves, weights, eps)
+    if not expected.is_finite:
+        return None
+    return frozenset(e.index for e in entries if not expected.agrees(e.index, blocks[e.index]))
+
+
+class Expected:
+    """The gradient of one combination of the rows, as autograd gives it.
+
+    Args:
+        output: The objectives, with their graph, which is kept.
+        layout: The layout of ``output``.
+        entries: The parameters.
+        leaves: The tensors that stand for them in the graph.
+        weights: The combination, [m]; ``draw_weights`` by default.
+        eps: A machine epsilon coarser than that of the parameters, if something ran with it.
+
+    Attributes:
+        is_finite: Whether the gradient is; if not, nothing can be said.
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        layout: OutputLayout,
+        entries: Sequence[Entry],
+        leaves: Sequence[Tensor],
+        weights: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        self._weights = draw_weights(output, layout) if weights is None else weights
+        self._eps = eps
+        found = weighted_gradients(output, layout.shaped(self._weights), leaves) if entries else []
+        self._total = math.hypot(*(float(_norm(g)) for g in found if g is not None))
+        self._gradients = {e.index: g for e, g in zip(entries, found, strict=True)}
+        self.is_finite = math.isfinite(self._total)
+
+    @property
+    def remaining(self) -> set[int]:
+        """The parameters that nobody has asked for."""
+        return set(self._gradients)
+
+    def agrees(self, index: int, block: JacobianBlock | None) -> bool:
+        """Whether a parameter's rows combine to its gradient, which is forgotten after that."""
+        gradient = self._gradients.pop(index)
+        with torch.no_grad():
+            return _agree(block, self._weights, gradient, self._total, self._eps)
+
+
+def draw_weights(output: Tensor, layout: OutputLayout) -> Tensor:
+    """A random combination of the rows, the same each time: [m]."""
+    generator = torch.Generator().manual_seed(layout.num_rows)
+    draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
+    return draw.to(device=output.device, dtype=output.dtype)
 
 
 def warn_direct(names: Sequence[str], *, had_calls: bool) -> None:
