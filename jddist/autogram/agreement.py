@@ -18,6 +18,7 @@ from jddist.distribution.fully_shard import FullyShard
 
 from .book_keeping import Books, agreed
 from .contribution import Contribution, Contributor
+from .early import EarlyGramian
 from .global_pass import GlobalLayout
 from .local_pass import Blocks
 from .members import Members
@@ -36,6 +37,7 @@ class Agreed:
         infos: What the ranks told over which the objectives are spread.
         dtype: The dtype of this rank's objectives.
         books: How this rank gets its weighted gradient.
+        early: What was counted of the Gramian already, in one process.
     """
 
     layout: GlobalLayout
@@ -43,10 +45,11 @@ class Agreed:
     infos: list[dict[str, Any]]
     dtype: torch.dtype
     books: Books
+    early: EarlyGramian | None = None
 
     def without_blocks(self) -> Agreed:
         """The same, for those who need no rows."""
-        return replace(self, blocks=[])
+        return replace(self, blocks=[], early=None)
 
 
 @dataclass(eq=False)
@@ -74,6 +77,7 @@ class Agreement:
         step: bool = False,
         retain_graph: bool = True,
         told: Mapping[str, Any] = MappingProxyType({}),
+        reusable: bool = False,
     ) -> Agreed:
         """Agrees on one output.
 
@@ -86,10 +90,11 @@ class Agreement:
             step: Whether the weighted gradient is to come from the blocks, if that is possible.
             retain_graph: Whether to keep the graph even so.
             told: What else has to be the same on every rank.
+            reusable: Whether the blocks are to be of use for more than one Gramian.
         """
 
         def local() -> Contribution:
-            found = self.contributor.of_output(output, count, weights, step, retain_graph)
+            found = self.contributor.of_output(output, count, weights, step, retain_graph, reusable)
             found.agree.update(told)
             return found
 
@@ -133,7 +138,7 @@ class Agreement:
         self._warn_if_uneven(infos)
         books = agreed([info["books"] for info in infos], local.books)
         layout = GlobalLayout.of(local.layout, infos, distribution.group.rank, placement)
-        return Agreed(layout, local.blocks, infos, local.dtype, books)
+        return Agreed(layout, local.blocks, infos, local.dtype, books, local.early)
 
     def check_modules(self) -> None:
         """Raises if the modules have become unfit for a step."""

@@ -20,6 +20,7 @@ from jddist.errors import UnsupportedModelError
 from . import global_pass
 from .accumulation import Joined, stack_blocks
 from .book_keeping import Books, no_hooks
+from .early import EarlyGramian
 from .joint import JointOutput
 from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
@@ -37,6 +38,7 @@ class Contribution:
         agree: What has to be the same on every rank.
         info: What the other ranks need to know.
         books: How its weighted gradient could be had.
+        early: What was counted of its Gramian already, in one process.
     """
 
     layout: OutputLayout | None = None
@@ -45,6 +47,7 @@ class Contribution:
     agree: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     books: Books = Books.NO
+    early: EarlyGramian | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ class Contributor:
         weights: Tensor | None,
         step: bool,
         retain_graph: bool,
+        reusable: bool,
     ) -> Contribution:
         """What this rank finds for its part of one output."""
         layout = self.layout_of(output)
@@ -109,12 +113,17 @@ class Contributor:
             local.agree["whether gradients are handed over"] = taken
             taken = taken and no_hooks(trainable, self.scope)
             free = taken and not retain_graph and counts is None
+            keep = taken and retain_graph and counts is None
+            alone = self.distribution.everyone.size == 1
+            if alone and not reusable:
+                scratch = self.local_pass.scratch
+                local.early = EarlyGramian(layout.num_rows, output.device, scratch)
             traced = self.distribution.traced(output)
             local.blocks = self.local_pass.blocks(
-                traced, layout, keep=taken and retain_graph, free=free
+                traced, layout, keep=keep, free=free, early=local.early
             )
             if taken and self.local_pass.accounted:
-                rows = self.local_pass.freed or (retain_graph and counts is None)
+                rows = self.local_pass.freed or keep
                 local.books = Books.ROWS if rows else Books.GRADIENTS
         local.info = global_pass.to_tell(local.blocks, layout, counts, self.local_pass.samples)
         local.info["books"] = [int(local.books), int(self.local_pass.freed)]

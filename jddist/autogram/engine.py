@@ -170,7 +170,9 @@ class Engine:
         """
         self._mesh, output = mesh_of(output), as_plain(output)
         self._reporter.begins()
-        agreed = self._agreement.of_output("Engine.compute_gramian", output, count)
+        agreed = self._agreement.of_output(
+            "Engine.compute_gramian", output, count, reusable=self._reporter.wants_layers
+        )
         return self._step.gramian(output, agreed)
 
     def explain(self) -> str:
@@ -323,6 +325,7 @@ class Engine:
                     step=backward is None,
                     retain_graph=retain_graph,
                     told={"losses stated to the weighting": stated(weighting_or_weights)},
+                    reusable=self._reporter.wants_layers,
                 )
                 blocks = agreed.blocks
                 gramian = self._step.gramian(output, agreed, scale)
@@ -381,5 +384,5 @@ class Engine:
         Returns:
             How this rank's objectives lie among all, and its blocks of rows.
         """
-        agreed = self._agreement.of_output(call, output, count)
+        agreed = self._agreement.of_output(call, output, count, reusable=True)
         return agreed.layout, agreed.blocks

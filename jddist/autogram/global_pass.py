@@ -28,6 +28,7 @@ from jddist.distribution.whole import shape_of
 from jddist.errors import NonFiniteObjectiveError
 
 from .blocks.products import mirror_
+from .early import EarlyGramian
 from .layout import OutputLayout
 from .local_pass import Blocks
 from .parameters import ParameterTable
@@ -176,8 +177,19 @@ def gramian(
     output: Tensor,
     table: ParameterTable,
     prefer: Prefer = "bytes",
+    early: EarlyGramian | None = None,
 ) -> GramianParts:
-    """The global Gramian in the engine's order of rows."""
+    """The global Gramian in the engine's order of rows.
+
+    Args:
+        distribution: The ranks.
+        layout: The layout of the objectives.
+        blocks: This rank's blocks of rows.
+        output: Its objectives.
+        table: The parameters.
+        prefer: How exchanges are chosen.
+        early: What was counted already, in one process.
+    """
     enter("exchange")
     group, everyone, device = distribution.group, distribution.everyone, output.device
     entries = table.entries
@@ -195,7 +207,10 @@ def gramian(
             exchange = replace(exchange, everyone=everyone.size)
     flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
     if group.size == 1:
-        values = local_gramian(blocks, m, device)
+        if early is None:
+            values = local_gramian(blocks, m, device)
+        else:
+            values = mirror_(early.complete(blocks))
         dropped = scale == 0
         if 0.0 in layout.row_scale:
             values = values.masked_fill(dropped.unsqueeze(0) | dropped.unsqueeze(1), 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +82,25 @@ class ReachedCall:
 class ReachedGraph:
     """The recorded calls (in no particular order) and the leaf tensors below an output.
 
-    ``structure`` counts the kinds of nodes: another value is another graph.
+    ``structure`` counts the kinds of nodes: another value is another graph. ``consumers`` are the
+    nodes that each node's gradient comes from.
     """
 
     calls: list[ReachedCall]
     leaves: set[Parameter]
     structure: frozenset[tuple[str, int]]
+    consumers: Mapping[Node, Sequence[Consumer]]
+
+    def above(self, nodes: Iterable[Node]) -> set[Node]:
+        """The nodes from which a path leads down to one of ``nodes``, the start left out."""
+        found: set[Node] = set()
+        stack = list(nodes)
+        while stack:
+            for consumer, _ in self.consumers.get(stack.pop(), ()):
+                if consumer not in found:
+                    found.add(consumer)
+                    stack.append(consumer)
+        return found
 
 
 def explore(output: Tensor) -> ReachedGraph:
@@ -130,4 +143,4 @@ def explore(output: Tensor) -> ReachedGraph:
                 stack.append(child)
     for call in calls.values():
         call.look_behind_broadcasts(consumers)
-    return ReachedGraph(list(calls.values()), leaves, frozenset(kinds.items()))
+    return ReachedGraph(list(calls.values()), leaves, frozenset(kinds.items()), consumers)

@@ -17,34 +17,40 @@ on, with a warning: slow, but never silently wrong.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.nn.parameter import Parameter
-from torch.utils._pytree import tree_map
 
 from jddist.distribution.lockstep import Lockstep, part_like
 
-from .blocks import DenseBlock, JacobianBlock, Scratch, sum_blocks
-from .differentiate import objectives_at_once, row_gradients, sample_gradients
+from .assembly import Assembly
+from .blocks import DenseBlock, JacobianBlock, Scratch
+from .differentiate import objectives_at_once, row_gradients
+from .early import EarlyGramian
 from .graph import ReachedCall, ReachedGraph, explore
 from .layout import OutputLayout
 from .parameters import Entry, Owner, ParameterTable
 from .parts import of_parts, takes_parts
 from .record import LayerRecord
-from .rules.fallback import batched_leaves, vjp_rows
-from .self_check import warn_direct, warn_wrong, wrong_entries
+from .rules.fallback import batched_leaves
+from .self_check import Expected, warn_direct, warn_wrong, wrong_entries
+from .visits import visit
 
 Blocks = list[JacobianBlock | None]
 
 
-class _Declined(Exception):
-    """A rule does not serve a call, and without a batch dimension the fallback cannot either."""
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One output with its graph, its usable calls and the parameters that it depends on."""
+
+    output: Tensor
+    layout: OutputLayout
+    graph: ReachedGraph
+    calls: list[tuple[Owner, ReachedCall]]
+    reached: set[int]
 
 
 @dataclass(eq=False)
@@ -81,7 +87,13 @@ class LocalPass:
     _index_of: dict[Tensor, int] = field(default_factory=dict)
 
     def blocks(
-        self, output: Tensor, layout: OutputLayout, *, keep: bool = False, free: bool = False
+        self,
+        output: Tensor,
+        layout: OutputLayout,
+        *,
+        keep: bool = False,
+        free: bool = False,
+        early: EarlyGramian | None = None,
     ) -> Blocks:
         """One block per entry of the table; None where the rows are all zero.
 
@@ -91,6 +103,9 @@ class LocalPass:
             keep: Whether the blocks may hold rows for ``combine`` until they are released.
             free: Whether the graph may be freed. It is if nothing is left to be done with it: it
                 leads to the table's parameters alone, and its like has been checked.
+            early: Where to count blocks as soon as they are known, if nobody needs their products
+                otherwise. Blocks that are neither kept nor come from a freed graph are of no
+                further use then.
 
         Raises:
             ModifiedInputError: An input of a recorded call was changed in place.
@@ -101,12 +116,13 @@ class LocalPass:
         if layout.num_rows == 0:
             return [None] * len(self.table.entries)
         free = free and self.accounted and layout.objectives == 1
-        blocks = self._checked_blocks(output, layout, graph, free)
+        blocks = self._checked_blocks(output, layout, graph, keep=keep, free=free, early=early)
         for entry in self.table.entries:
             if not self.lockstep.counts(entry.parameter):
                 blocks[entry.index] = None  # another rank answers for it
-        for block in blocks:
-            if block is not None:
+        counted = set() if early is None else early.counted
+        for index, block in enumerate(blocks):
+            if block is not None and index not in counted:
                 block.lend(self.scratch, keep=keep or self.freed)
         if self.freed:
             for call in graph.calls:
@@ -137,7 +153,14 @@ class LocalPass:
         return graph
 
     def _checked_blocks(
-        self, output: Tensor, layout: OutputLayout, graph: ReachedGraph, free: bool
+        self,
+        output: Tensor,
+        layout: OutputLayout,
+        graph: ReachedGraph,
+        *,
+        keep: bool,
+        free: bool,
+        early: EarlyGramian | None,
     ) -> Blocks:
         reached = {
             self._index_of[leaf]
@@ -151,13 +174,26 @@ class LocalPass:
         start = (known or frozenset()) | (elsewhere & reached)
         due = self._is_due(signature)
         self.freed = free and not due and known == frozenset() == start
-        blocks, direct = self._compute(output, layout, calls, reached, start)
+        run = _Run(output, layout, graph, calls, reached)
+        eps = _coarsest_rounding(calls)
+        expected = None
+        if early is not None:
+            early.keep = keep or self.freed
+            if due:
+                entries = [self._entry(i) for i in sorted(reached - start)]
+                leaves = [self._leaves[e.index] for e in entries]
+                expected = Expected(output, layout, entries, leaves, eps=eps)
+        blocks, direct, agree = self._compute(run, start, early, expected)
         self.direct = direct
         if due:
-            entries = [self._entry(i) for i in sorted(reached - direct)]
-            eps = _coarsest_rounding(calls)
-            leaves = [self._leaves[e.index] for e in entries]
-            wrong = wrong_entries(output, layout, entries, leaves, blocks, eps, self.lockstep)
+            wrong: frozenset[int] | None = frozenset()
+            if not agree:
+                if early is not None:  # counted too soon: once more, all blocks at once
+                    early.restart()
+                    blocks, direct, _ = self._compute(run, start, None, None)
+                entries = [self._entry(i) for i in sorted(reached - direct)]
+                leaves = [self._leaves[e.index] for e in entries]
+                wrong = wrong_entries(output, layout, entries, leaves, blocks, eps, self.lockstep)
             if wrong is None:
                 self._steps[signature] -= 1
                 return blocks  # NaN proves nothing: check again next time
@@ -221,103 +257,67 @@ class LocalPass:
 
     def _compute(
         self,
-        output: Tensor,
-        layout: OutputLayout,
-        calls: list[tuple[Owner, ReachedCall]],
-        reached: set[int],
+        run: _Run,
         known_direct: frozenset[int],
-    ) -> tuple[Blocks, frozenset[int]]:
-        """The blocks, and which of the reached parameters had to be computed directly."""
+        early: EarlyGramian | None,
+        expected: Expected | None,
+    ) -> tuple[Blocks, frozenset[int], bool]:
+        """The blocks, which of the reached parameters had to be computed directly, and whether all
+        blocks are known to be as ``expected``."""
+        reached, calls = run.reached, run.calls
         recorded = {
             self.table.index_of[p] for owner, _ in calls for p in owner.paths.values()
         } & reached
         direct = (reached - recorded) | (known_direct & reached)
+        wanted = reached - direct
         calls = [
             (owner, call)
             for owner, call in calls
-            if any(self.table.index_of[p] in reached - direct for p in owner.paths.values())
+            if any(self.table.index_of[p] in wanted for p in owner.paths.values())
         ]
-        edges: list[Tensor | GradientEdge] = []
-        for _, call in calls:
-            edges.extend(call.edges.values())
         # Without a batch dimension every row is one pass anyway: take the parameters along.
         along = [] if self.batched else [self._leaves[i] for i in sorted(direct)]
-        self.freed = self.freed and bool(edges) and not direct
-        grads = iter(
-            sample_gradients(
-                output, layout, [*edges, *along], chunk=self._chunk, retain_graph=not self.freed
-            )
-        )
-        parts: dict[int, list[JacobianBlock]] = {}
-        failed: set[int] = set()
-        for owner, call in calls:
-            call_grads = [next(grads) for _ in call.edges]
-            try:
-                with torch.no_grad():
-                    self._run_rule(owner, call, call_grads, layout, reached - direct, parts)
-            except _Declined:
-                failed |= {self.table.index_of[p] for p in owner.paths.values()} & reached
-            except RuntimeError as error:
-                if owner.rule is not None:
-                    raise
-                warnings.warn(
-                    f"Module '{owner.name}' ({type(owner.module).__name__}) cannot be re-run under "
-                    f"vmap ({str(error).splitlines()[0]}); its parameters' rows are computed by "
-                    "one backward pass per objective. Register a rule for it "
-                    "(jddist.autogram.register_rule) or use batch_dim=None.",
-                    stacklevel=2,
-                )
-                failed |= {self.table.index_of[p] for p in owner.paths.values()} & reached
+        self.freed = self.freed and bool(calls) and not direct
+        of_rank = self._of_rank if self.lockstep.active else None
+        assembly = Assembly(self.table, self.batched, run.layout, calls, wanted, of_rank)
         blocks: Blocks = [None] * len(self.table.entries)
-        for index, pieces in parts.items():
-            if index not in failed:
-                blocks[index] = sum_blocks(pieces)
-        for index in sorted(direct) if along else ():
-            rows = next(grads)
-            if rows is not None:
-                blocks[index] = self._dense(rows, self._leaves[index])
-        self._fill_directly(output, layout, blocks, failed if along else direct | failed)
-        return blocks, frozenset(direct | failed)
+        agree = expected is not None and expected.is_finite
 
-    def _run_rule(
-        self,
-        owner: Owner,
-        call: ReachedCall,
-        call_grads: list[Tensor | None],
-        layout: OutputLayout,
-        wanted: set[int],
-        parts: dict[int, list[JacobianBlock]],
-    ) -> None:
-        """Appends the blocks of one call to ``parts``."""
-        by_output = dict(zip(call.edges, call_grads, strict=True))
-        if all(g is None for g in call_grads):
-            return
-        grads: list[Tensor | None] = []
-        for index in range(len(call.record.output_shapes)):
-            g = by_output.get(index)
-            if g is not None:
-                g = call.output_gradient(index, g)
-                g = g if self.batched else g.unsqueeze(1)
-            grads.append(g)
-        args, kwargs = call.record.args, call.record.kwargs
-        if call.broadcast and owner.rule is not None:
-            args, kwargs = _broadcast((args, kwargs), next(iter(call.broadcast.values())))
-        record = LayerRecord(
-            call.record.module, args, kwargs, grads, call.record, layout.batch, self.batched
+        def taken(position: int, grads: list[Tensor | None]) -> None:
+            nonlocal agree
+            with torch.no_grad():
+                finished = assembly.take(position, grads)
+                for index, block in finished:
+                    blocks[index] = block
+                    if expected is not None:
+                        block.lend(self.scratch, keep=False)
+                        agree = agree and expected.agrees(index, block)
+                if early is not None:
+                    early.add(finished)
+            if self.freed and calls[position][0].rule is not None:
+                calls[position][1].record.release()
+
+        hooked = [i for i, (owner, _) in enumerate(calls) if owner.rule is not None]
+        rows = visit(
+            run.output,
+            run.layout,
+            run.graph,
+            [call for _, call in calls],
+            along,
+            taken,
+            chunk=self._chunk,
+            retain_graph=not self.freed,
+            early=[] if early is None else hooked,
         )
-        if self.lockstep.active:
-            record = of_parts(record, self._leaves_of(owner))
-        found = None if owner.rule is None else owner.rule(record)
-        if found is None:
-            if not self.batched:
-                raise _Declined
-            paths = [p for p, q in owner.paths.items() if self.table.index_of[q] in wanted]
-            found = vjp_rows(record, paths)
-        for path, block in found.items():
-            index = self.table.index_of[owner.paths[path]]
-            if index in wanted:
-                assert block.num_rows == layout.num_rows
-                parts.setdefault(index, []).append(block)
+        for index, values in zip(sorted(direct), rows, strict=False):
+            if values is not None:
+                blocks[index] = self._dense(values, self._leaves[index])
+        failed = assembly.failed
+        self._fill_directly(run.output, run.layout, blocks, failed if along else direct | failed)
+        if expected is not None and agree:
+            for index in expected.remaining - failed:
+                agree = agree and expected.agrees(index, blocks[index])
+        return blocks, frozenset(direct | failed), agree
 
     def _fill_directly(
         self, output: Tensor, layout: OutputLayout, blocks: Blocks, indices: Iterable[int]
@@ -339,6 +339,13 @@ class LocalPass:
         part = part_like(rows, leaf, rows=True)
         return DenseBlock(part.reshape(len(part), part.shape[1:].numel()))
 
+    def _of_rank(self, owner: Owner, record: LayerRecord) -> LayerRecord:
+        """What of a call belongs to this rank's columns."""
+        return of_parts(record, self._leaves_of(owner))
+
+    def _leaves_of(self, owner: Owner) -> dict[str, Tensor]:
+        return {path: self._leaves[self.table.index_of[p]] for path, p in owner.paths.items()}
+
     def _warn_about(
         self, direct: frozenset[int], wrong: frozenset[int], *, had_calls: bool
     ) -> None:
@@ -346,9 +353,6 @@ class LocalPass:
             warn_direct([self._entry(i).name for i in sorted(direct)], had_calls=had_calls)
         if wrong:
             warn_wrong([self._entry(i).name for i in sorted(wrong)])
-
-    def _leaves_of(self, owner: Owner) -> dict[str, Tensor]:
-        return {path: self._leaves[self.table.index_of[p]] for path, p in owner.paths.items()}
 
     def _entry(self, index: int) -> Entry:
         return self.table.entries[index]
@@ -361,16 +365,6 @@ def _is_batched(owner: Owner, call: ReachedCall, batch: int) -> bool:
     # A closed form takes the call apart by samples: a vector has none.
     shapes = [call.record.output_shapes[index] for index in call.edges]
     return owner.rule is None or all(len(s) > 1 for s in shapes)
-
-
-def _broadcast(inputs: Any, batch: int) -> Any:
-    """Inputs of batch 1 as if the call had been made with the batch."""
-
-    def expand(leaf: Any) -> Any:
-        single = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1
-        return leaf.expand(batch, *leaf.shape[1:]) if single else leaf
-
-    return tree_map(expand, inputs)
 
 
 def _coarsest_rounding(calls: list[tuple[Owner, ReachedCall]]) -> float:

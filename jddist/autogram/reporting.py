@@ -27,6 +27,8 @@ class Reporter:
 
     Attributes:
         observers: Who watches the engine.
+        wants_layers: Whether the step that began is to have the Gramians by layer, for which the
+            blocks have to outlive the whole Gramian.
     """
 
     def __init__(
@@ -36,17 +38,17 @@ class Reporter:
         self._distribution = distribution
         self._per_sample = is_sharded(placement)
         self._layers: list[tuple[str, Tensor]] = []
-        self._wants_layers = False
+        self.wants_layers = False
 
     def begins(self) -> None:
         """A step begins."""
         self._layers = []
         self.observers.begins()
+        self.wants_layers = bool(self.observers) and self.observers.wants_layers()
 
     def to_agree(self) -> dict[str, Any]:
         """What has to be the same on every rank: whether layers are exchanged by themselves."""
-        self._wants_layers = bool(self.observers) and self.observers.wants_layers()
-        return {"Gramians by layer": True} if self._wants_layers else {}
+        return {"Gramians by layer": True} if self.wants_layers else {}
 
     def gramian_known(
         self,
@@ -62,7 +64,7 @@ class Reporter:
         if not self.observers:
             return
         self.observers.gramian_known()
-        if self._wants_layers:
+        if self.wants_layers:
             factor = 1.0 if scale is None else float(scale) ** -2
             found = gramians_by_layer(self._distribution, layout, blocks, output, table, prefer)
             self._layers = [(name, gramian * factor) for name, gramian in found]

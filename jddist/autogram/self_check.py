@@ -49,9 +49,7 @@ def wrong_entries(
     """
     if not entries:
         return frozenset()
-    generator = torch.Generator().manual_seed(layout.num_rows)
-    draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
-    draw = draw.to(device=output.device, dtype=output.dtype)
+    draw = draw_weights(output, layout)
     wrong = _disagreeing(output, layout, entries, leaves, blocks, draw, eps, lockstep)
     if not wrong or layout.num_rows < 2:
         return wrong
@@ -87,22 +85,14 @@ def _disagreeing(
     lockstep: Lockstep,
 ) -> frozenset[int] | None:
     """``wrong_entries`` for one combination of the rows."""
-    found = weighted_gradients(output, layout.shaped(weights), leaves)
-    with torch.no_grad():
-        expected = [
-            None if gradient is None else part_like(gradient, leaf)
-            for gradient, leaf in zip(found, leaves, strict=True)
-        ]
-        total = math.hypot(*(float(_norm(g)) for g in expected if g is not None))
-        finite = math.isfinite(total)
-        wrong = [
-            finite and not _agree(blocks[entry.index], weights, gradient, total, eps)
-            for entry, gradient in zip(entries, expected, strict=True)
-        ]
-        if lockstep.active:
-            _check_alike(output, layout, entries, expected, eps, lockstep)
-            some_infinite, *wrong = lockstep.union([not finite, *wrong])
-            finite = not some_infinite
+    expected = Expected(output, layout, entries, leaves, weights, eps)
+    if lockstep.active:
+        _check_alike(output, layout, entries, expected, eps, lockstep)
+    finite = expected.is_finite
+    wrong = [finite and not expected.agrees(e.index, blocks[e.index]) for e in entries]
+    if lockstep.active:
+        some_infinite, *wrong = lockstep.union([not finite, *wrong])
+        finite = not some_infinite
     if not finite:
         return None
     return frozenset(e.index for e, is_wrong in zip(entries, wrong, strict=True) if is_wrong)
@@ -112,14 +102,15 @@ def _check_alike(
     output: Tensor,
     layout: OutputLayout,
     entries: Sequence[Entry],
-    gradients: Sequence[Tensor | None],
+    expected: Expected,
     eps: float,
     lockstep: Lockstep,
 ) -> None:
     """Raises LayoutMismatchError unless ranks in lockstep have the same objectives, and the same
     gradients of the parameters that all of them hold alike."""
     values = {"the objectives": layout.rows_of(output)}
-    for entry, gradient in zip(entries, gradients, strict=True):
+    for entry in entries:
+        gradient = expected.gradients[entry.index]
         if not lockstep.cuts(entry.parameter) and gradient is not None:
             flat = gradient.reshape(-1)
             signs = torch.ones_like(flat)
@@ -127,6 +118,61 @@ def _check_alike(
             values[f"the gradient of {entry.name}"] = torch.stack([flat @ signs, _norm(flat)])
     eps = max([eps, *(torch.finfo(value.dtype).eps for value in values.values())])
     lockstep.check_same(values, min(0.1, 30 * eps**0.5))
+
+
+class Expected:
+    """The gradient of one combination of the rows, as autograd gives it.
+
+    Args:
+        output: The objectives, with their graph, which is kept.
+        layout: The layout of ``output``.
+        entries: The parameters.
+        leaves: The tensors that stand for them in the graph.
+        weights: The combination, [m]; ``draw_weights`` by default.
+        eps: A machine epsilon coarser than that of the parameters, if something ran with it.
+
+    Attributes:
+        gradients: This rank's part of it, by the parameters' indices, as long as nobody asked.
+        is_finite: Whether the gradient is; if not, nothing can be said.
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        layout: OutputLayout,
+        entries: Sequence[Entry],
+        leaves: Sequence[Tensor],
+        weights: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        self._weights = draw_weights(output, layout) if weights is None else weights
+        self._eps = eps
+        whole = weighted_gradients(output, layout.shaped(self._weights), leaves) if entries else []
+        found = [
+            None if gradient is None else part_like(gradient, leaf)
+            for gradient, leaf in zip(whole, leaves, strict=True)
+        ]
+        self._total = math.hypot(*(float(_norm(g)) for g in found if g is not None))
+        self.gradients = {e.index: g for e, g in zip(entries, found, strict=True)}
+        self.is_finite = math.isfinite(self._total)
+
+    @property
+    def remaining(self) -> set[int]:
+        """The parameters that nobody has asked for."""
+        return set(self.gradients)
+
+    def agrees(self, index: int, block: JacobianBlock | None) -> bool:
+        """Whether a parameter's rows combine to its gradient, which is forgotten after that."""
+        gradient = self.gradients.pop(index)
+        with torch.no_grad():
+            return _agree(block, self._weights, gradient, self._total, self._eps)
+
+
+def draw_weights(output: Tensor, layout: OutputLayout) -> Tensor:
+    """A random combination of the rows, the same each time: [m]."""
+    generator = torch.Generator().manual_seed(layout.num_rows)
+    draw = torch.randn(layout.num_rows, generator=generator, dtype=torch.float64)
+    return draw.to(device=output.device, dtype=output.dtype)
 
 
 def warn_direct(names: Sequence[str], *, had_calls: bool) -> None:

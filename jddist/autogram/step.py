@@ -74,6 +74,7 @@ class Step:
             output,
             table,
             self.contributor.prefer,
+            agreed.early,
         )
         self.agreed, self.skip = agreed.without_blocks(), False
         self.taken = self._taken(agreed, parts.plan)

@@ -53,6 +53,12 @@ def describe(blocks: Blocks, *, factors: bool) -> list[BlockShape]:
 def local_gramian(blocks: Blocks, num_rows: int, device: torch.device) -> Tensor:
     """The Gramian [m, m] of one process's rows, in float64."""
     total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+    add_blocks(total, blocks)
+    return mirror_(total)
+
+
+def add_blocks(total: Tensor, blocks: Blocks) -> None:
+    """Adds the products of each block's rows to the lower triangle of ``total`` [m, m]."""
     index = 0
     while index < len(blocks):
         block, after = blocks[index], blocks[index + 1] if index + 1 < len(blocks) else None
@@ -65,7 +71,6 @@ def local_gramian(blocks: Blocks, num_rows: int, device: torch.device) -> Tensor
                 block = block.with_bias()
                 index += 1
         block.add_gramian(total)
-    return mirror_(total)
 
 
 def is_weight_with_bias(block: JacobianBlock | None, after: JacobianBlock | None) -> bool:

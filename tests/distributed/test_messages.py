@@ -48,7 +48,7 @@ def _instance_wise(rank: int, world_size: int) -> dict[str, list]:
                 entered.append(type(record.module).__name__)
                 return original(record, paths)
 
-            monkeypatch.setattr("jddist.autogram.local_pass.vjp_rows", spied)
+            monkeypatch.setattr("jddist.autogram.assembly.vjp_rows", spied)
             engine.backward(losses, UPGradWeighting())
         logs.append([(name, sent) for name, sent in log])
     return {"logs": logs, "fallback": entered}

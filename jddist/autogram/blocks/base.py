@@ -50,6 +50,11 @@ class JacobianBlock(ABC):
         """Gives back what the block holds of its scratch memory; it is of no use afterwards."""
         return None  # most blocks hold nothing
 
+    def forget(self) -> None:
+        """Lets go of everything but the sizes: the rows have been counted and nobody else wants
+        them."""
+        self.release()
+
     @abstractmethod
     def add_gramian(self, total: Tensor) -> None:
         """Adds the products of all pairs of rows to ``total`` [m, m], float64 and contiguous.

@@ -26,5 +26,8 @@ class DenseBlock(JacobianBlock):
     def combine(self, weights: Tensor) -> Tensor:
         return weights.to(self._rows.dtype) @ self._rows
 
+    def forget(self) -> None:
+        self._rows = self._rows.new_empty(0)
+
     def add(self, other: JacobianBlock) -> JacobianBlock | None:
         return DenseBlock(self._rows + other.rows())

@@ -46,6 +46,9 @@ class LookupBlock(TiledBlock):
         """Samples [n], lines [n] and values [n, k, d], sorted by line, then by sample."""
         return self._samples, self._lines, self._values
 
+    def forget(self) -> None:
+        self._values = self._values.new_empty(0)
+
     def add_gramian(self, total: Tensor) -> None:
         if len(self) == 0:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ class OuterBlock(TiledBlock):
         ones: Whether the columns of a bias, whose input is the constant one, are wanted too. They
             come behind those of the weight.
         order: The order of the weight's columns, if it is not [out, in].
+
+    Attributes:
+        positions: The number of positions t over which the outer products are summed.
     """
 
     def __init__(
@@ -56,6 +60,9 @@ class OuterBlock(TiledBlock):
         assert grads.ndim == 4
         assert inputs is None or inputs.shape[:2] == (grads.shape[0], grads.shape[2])
         self._parts: tuple[tuple[Tensor | Patches | None, Tensor], ...] = ((inputs, grads),)
+        # Weak: they tell which blocks share gradients, also when those are gone.
+        self._sources: tuple[ref[Tensor], ...] = (ref(grads),)
+        self.positions = grads.shape[2]
         self.dtype = compute_dtype(grads)
         if inputs is not None:
             self.dtype = torch.promote_types(self.dtype, inputs.dtype)
@@ -69,11 +76,6 @@ class OuterBlock(TiledBlock):
         self._kept: Tensor | None = None
         self._bias: Tensor | None = None
 
-    @property
-    def positions(self) -> int:
-        """The number of positions t over which the outer products are summed."""
-        return sum(grads.shape[2] for _, grads in self._parts)
-
     def factors(self) -> tuple[Tensor | None, Tensor]:
         """``a`` [b, t, in] (or None) and ``g`` [b, k, t, out] over all positions."""
         grads = [g.to(self.dtype) for _, g in self._parts]
@@ -85,15 +87,16 @@ class OuterBlock(TiledBlock):
 
     def shares_grads(self, other: OuterBlock) -> bool:
         """Whether both blocks come from the same gradients, as a weight and its bias do."""
-        return len(self._parts) == len(other._parts) and all(
-            mine is theirs for (_, mine), (_, theirs) in zip(self._parts, other._parts, strict=True)
+        return len(self._sources) == len(other._sources) and all(
+            mine is theirs for mine, theirs in zip(self._sources, other._sources, strict=True)
         )
 
     def with_bias(self) -> OuterBlock:
         """This block with the columns of the bias appended."""
         assert self.in_features and not self.ones
         block = OuterBlock(*self._parts[0], ones=True, order=self._order)
-        block._parts, block.dtype = self._parts, self.dtype
+        block._take_parts(self._parts)
+        block.dtype = self.dtype
         block._scratch = self._scratch
         return block
 
@@ -172,7 +175,7 @@ class OuterBlock(TiledBlock):
         if not isinstance(other, OuterBlock) or not self._is_like(other):
             return None
         total = OuterBlock(*self._parts[0], ones=self.ones, order=self._order)
-        total._parts = self._parts + other._parts
+        total._take_parts(self._parts + other._parts)
         total.dtype = torch.promote_types(self.dtype, other.dtype)
         return total
 
@@ -204,6 +207,15 @@ class OuterBlock(TiledBlock):
         if self._kept is not None:
             self.scratch.give_back(self._kept)
             self._kept = None
+
+    def forget(self) -> None:
+        self.release()
+        self._parts, self._bias = (), None
+
+    def _take_parts(self, parts: tuple[tuple[Tensor | Patches | None, Tensor], ...]) -> None:
+        self._parts = parts
+        self._sources = tuple(ref(grads) for _, grads in parts)
+        self.positions = sum(grads.shape[2] for _, grads in parts)
 
     def _forget_factors(self) -> None:
         """Lets go of the factors once all columns are held as rows."""

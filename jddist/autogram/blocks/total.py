@@ -37,6 +37,10 @@ class TotalBlock(TiledBlock):
         for part in self.parts:
             part.lend(scratch, keep=False)
 
+    def forget(self) -> None:
+        for part in self.parts:
+            part.forget()
+
     def add_gramian(self, total: Tensor) -> None:
         for tile in self._tiles(self.tile_width(self.num_rows)):
             add_square(total, tile)

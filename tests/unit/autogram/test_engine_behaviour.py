@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from jddist.aggregation import Flattening, UPGrad, UPGradWeighting
-from jddist.autogram import Engine, local_pass
+from jddist.autogram import Engine, assembly
 from jddist.autogram.rules import fallback
 from tests._oracle import flat_grad, gramian, jacobian, relative_error
 from tests.unit.autogram._common import (
@@ -252,12 +252,12 @@ def test_the_fallback_serves_what_has_no_rule_and_nothing_else(
     entered: list[str] = []
     original = fallback.vjp_rows
 
-    def spy(record: local_pass.LayerRecord, *args: object, **kwargs: object) -> object:
+    def spy(record: assembly.LayerRecord, *args: object, **kwargs: object) -> object:
         entered.append(type(record.module).__name__)
         return original(record, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fallback, "vjp_rows", spy)
-    monkeypatch.setattr(local_pass, "vjp_rows", spy)
+    monkeypatch.setattr(assembly, "vjp_rows", spy)
     model = small_model()
     engine = Engine(model, batch_dim=0)
     assert_exact(engine, losses_of(model(data())), model.parameters())
