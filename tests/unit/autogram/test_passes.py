@@ -39,6 +39,8 @@ def test_passes(
 
     monkeypatch.setattr(differentiate, "_WIDEST_BATCHED", {"cpu": limit})
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    found = engine.compute_gramian(losses)
-    assert seen[: len(passes)] == passes
+    for _ in range(3):  # the third one is not followed by a check
+        seen.clear()
+        found = engine.compute_gramian(losses)
+    assert seen == passes
     assert relative_error(found, expected) <= 1e-12
