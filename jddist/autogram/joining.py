@@ -106,4 +106,6 @@ class Joining:
             return
         local_weights = joined.weights_of_batches(self.step.local_weights(weights))
         torch.autograd.backward(joined.outputs, local_weights)
+        entries = contributor.table.trainable
+        contributor.distribution.place_gradients([e.parameter for e in entries])
         self.step.capture.release_passed()

@@ -312,7 +312,7 @@ class LocalPass:
             found = vjp_rows(record, paths)
         for path, block in found.items():
             index = self.table.index_of[owner.paths[path]]
-            if index in wanted:
+            if index in wanted and block.num_columns:  # a shard may be empty
                 assert block.num_rows == layout.num_rows
                 parts.setdefault(index, []).append(block)
 

@@ -141,6 +141,7 @@ class Step:
             distribution.check_takes_backward()
             with kept:
                 output.backward(local, retain_graph=retain_graph)
+            distribution.place_gradients([e.parameter for e in entries])
         else:
             if agreed.books is Books.ROWS:
                 gradients = combined(agreed.layout, blocks, entries, local)

@@ -1,8 +1,8 @@
 """World-size invariance, inherited by every strategy that shards parameters: a matrix of cases.
 
-A ``Setup`` places a model as its strategy does; each case trains it and is compared with one process
-on the whole batch. Starting processes is what takes time here, so all the cases of one setup share
-one start. The bound 1e-10 is the project's: rounding in float64 stays near 1e-15 a step, and five
+A ``Setup`` places a model as its strategy does; each case trains it and is compared with one
+process on the whole batch. Starting processes is what takes time here, so all the cases of one
+setup share one start. The bound 1e-10 is the project's: rounding in float64 stays near 1e-15 a step, and five
 steps of an optimizer multiply it by far less than the rest.
 """
 
@@ -77,6 +77,9 @@ class Setup(ABC):
     divide_factors: tuple[float | None, ...] = (None,)
     """The divisors of gradients to try; None for the strategy's own."""
 
+    places_gradients = True
+    """Whether a backward of the user's own leaves gradients where the parameters are."""
+
     def __init__(self, rank: int, world_size: int, kind: str) -> None:
         self.rank, self.world_size, self.kind = rank, world_size, kind
 
@@ -124,7 +127,7 @@ def _train_engine(setup: Setup, case: str) -> Found:
             found["gramians"].append(gramian)
             weights = engine.compute_weights(gramian, upgrad_for(losses))
             losses.backward(engine.local_weights(weights))
-        whole_gradients(model)  # checks where they lie
+        whole_gradients(model, placed=setup.places_gradients or step % 2 == 0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         opt.step()
         found["weights"].append(weights)
