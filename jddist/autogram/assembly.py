@@ -123,7 +123,7 @@ class Assembly:
             blocks = vjp_rows(record, paths)
         for path, block in blocks.items():
             index = self.table.index_of[owner.paths[path]]
-            if index in self.wanted:
+            if index in self.wanted and block.num_columns:  # a shard may be empty
                 assert block.num_rows == self.layout.num_rows
                 self._parts.setdefault(index, []).append(block)
 

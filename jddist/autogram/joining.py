@@ -109,6 +109,8 @@ class Joining:
             else:
                 local_weights = joined.weights_of_batches(self.step.local_weights(weights))
                 torch.autograd.backward(joined.outputs, local_weights)
+                entries = contributor.table.trainable
+                contributor.distribution.place_gradients([e.parameter for e in entries])
         if not self.step.skip:
             self.step.capture.release_passed()
         scale, skipped = accumulation.scale, self.step.skip

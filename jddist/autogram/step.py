@@ -164,6 +164,7 @@ class Step:
             distribution.check_takes_backward()
             with kept:
                 distribution.weighted_backward(output, local, retain_graph=retain_graph)
+            distribution.place_gradients([e.parameter for e in entries])
         else:
             if agreed.books is Books.ROWS:
                 gradients = combined(agreed.layout, blocks, entries, local)

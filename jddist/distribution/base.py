@@ -189,6 +189,10 @@ class Distribution:
         """
         raise NotImplementedError
 
+    def place_gradients(self, parameters: Sequence[Parameter]) -> None:
+        """After a backward: sees to it that gradients lie as their parameters do."""
+        return None  # a wrapper does that itself
+
     def backward_factor(self, placement: Placement) -> float:
         """By what the global weights are multiplied before the wrapper's own reduction.
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement
+from torch.distributed.tensor import DTensor, Placement
 from torch.nn.parameter import Parameter
 
 from jddist.autogram.capture import paused
@@ -37,6 +37,14 @@ class TensorParallel(ShardedColumns):
         roots = outermost(roots)
         named = [entry for root in roots for entry in root.named_parameters()]
         super().__init__(roots, objectives, ranks_of_tensor_parallel(named))
+
+    def place_gradients(self, parameters: Sequence[Parameter]) -> None:
+        """A backward of DTensors leaves some gradients replicated, or yet to be summed."""
+        for parameter in parameters:
+            gradient = parameter.grad
+            if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+                if gradient.placements != parameter.placements:
+                    parameter.grad = gradient.redistribute(placements=parameter.placements)
 
     def rows(
         self,

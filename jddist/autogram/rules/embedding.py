@@ -18,7 +18,7 @@ def embedding(record: LayerRecord) -> dict[str, JacobianBlock]:
     assert grads is not None and isinstance(module, nn.Embedding)
     b, k, width = record.batch, grads.shape[0], module.embedding_dim
     tokens = record.input.reshape(b, -1)
-    values = grads.reshape(k, -1, width).transpose(0, 1)  # [b * t, k, d]
+    values = grads.reshape(k, tokens.numel(), width).transpose(0, 1)  # [b * t, k, d]
     lines = tokens.reshape(-1).long()
     samples = torch.arange(b, device=lines.device).repeat_interleave(tokens.shape[1])
     if module.scale_grad_by_freq:

@@ -28,11 +28,12 @@ def _blocks(record: LayerRecord, *, transposed: bool) -> dict[str, JacobianBlock
     assert weight is not None
     in_features, out_features = weight.shape if transposed else weight.shape[::-1]
     k, b = grads.shape[0], record.batch
-    grads = grads.reshape(k, b, -1, out_features).transpose(0, 1)  # [b, k, t, out]
+    t = grads.shape[2:-1].numel()  # a shard may have no features from which to infer it
+    grads = grads.reshape(k, b, t, out_features).transpose(0, 1)  # [b, k, t, out]
     order = ColumnOrder((out_features, in_features), (1, 0)) if transposed else None
     blocks: dict[str, JacobianBlock] = {}
     if weight.requires_grad:
-        inputs = record.input.reshape(b, -1, in_features)
+        inputs = record.input.reshape(b, t, in_features)
         blocks["weight"] = OuterBlock(inputs, grads, order=order)
     if bias is not None and bias.requires_grad:
         blocks["bias"] = OuterBlock(None, grads, ones=True)
