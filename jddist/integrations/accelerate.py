@@ -58,7 +58,7 @@ def backward(
     Raises:
         The errors of ``Engine.backward``.
     """
-    return divided_backward(accelerator, engine, losses, weighting_or_weights, count, 1)
+    return divided_backward(accelerator, engine, losses, weighting_or_weights, count, None)
 
 
 def divided_backward(
@@ -67,19 +67,21 @@ def divided_backward(
     losses: Tensor,
     weighting_or_weights: Weigher | Tensor,
     count: Count | None,
-    divisor: int,
+    divisor: int | None,
 ) -> Tensor:
-    """``backward`` for a caller that divides gradients by a number of micro-batches itself."""
+    """``backward``; or by a caller's own number of micro-batches, not by Accelerate's."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # A DeepSpeed engine goes back from scalars alone.
+        own = {} if divisor is None else {"scale_wrt_gas": False}
+
         def scalar(_: Tensor, weights: Tensor) -> None:
-            accelerator.backward((losses * weights).sum() / divisor)
+            accelerator.backward((losses * weights).sum() / (divisor or 1), **own)
 
         return engine.backward(losses, weighting_or_weights, count=count, backward=scalar)
 
     def vector(_: Tensor, weights: Tensor) -> None:
         # It scales, and divides by its own number of micro-batches, by itself.
-        accelerator.backward(losses, gradient=weights / divisor)
+        accelerator.backward(losses, gradient=weights / (divisor or 1))
 
     scaler = accelerator.scaler
     scaled = scaler is not None and scaler.is_enabled()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
-from jddist.aggregation import UPGradWeighting
+from jddist import attach
+from jddist.aggregation import GradVacWeighting, UPGradWeighting
 from jddist.autogram import Engine
 from jddist.errors import NonFiniteObjectiveError
 from jddist.integrations.accelerate import backward
@@ -25,7 +30,7 @@ from tests.distributed._training import (
     upgrad_for,
 )
 from tests.integrations._host import as_launched
-from tests.integrations._reference import CLIP, MICRO, failure_of
+from tests.integrations._reference import CLIP, MICRO, failure_of, task_step
 
 CASES: dict[str, dict[str, Any]] = {
     "instance": {"objective": "instance", "optimizer": "adamw", "kind": "uneven"},
@@ -45,6 +50,8 @@ def run(rank: int, world_size: int) -> dict[str, Any]:
     result: dict[str, Any] = {name: _train(rank, world_size, **c) for name, c in CASES.items()}
     result["bare root"] = _bare_root(rank, world_size)
     result["nan"] = _nan(rank, world_size)
+    result["groups"] = _groups(rank, world_size)
+    result["resumed"] = _resumed(rank, world_size)
     return result
 
 
@@ -91,6 +98,60 @@ def _train(
                 opt.zero_grad()
         result.append(parameters_of(network))
     return result
+
+
+def _groups(rank: int, world_size: int) -> list[Tensor]:
+    """Explicit Jacobians by groups of parameters, on what Accelerate prepared."""
+    accelerator = _accelerator()
+    network = make_network()
+    model, opt = accelerator.prepare(network, OPTIMIZERS["sgd"](list(network.parameters())))
+    attach(model)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+    result = []
+    for _ in range(STEPS):
+        opt.zero_grad()
+        task_step(network, model, x, y)
+        opt.step()
+        result.append(parameters_of(network))
+    return result
+
+
+def _resumed(rank: int, world_size: int) -> dict[str, list[Tensor]]:
+    """Four steps in one go; and two steps, a checkpoint of Accelerate's, and two more."""
+    folder = [tempfile.mkdtemp(prefix="jddist-accelerate-")] if rank == 0 else [""]
+    dist.broadcast_object_list(folder, 0)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+
+    def train(steps: int, load: bool, register: bool = True) -> list[Tensor]:
+        accelerator = _accelerator()
+        network = make_network()
+        model, opt = accelerator.prepare(network, OPTIMIZERS["adamw"](list(network.parameters())))
+        engine = Engine(model, batch_dim=0)
+        weighting = GradVacWeighting(generator=torch.Generator().manual_seed(3))
+        if register:
+            accelerator.register_for_checkpointing(weighting)
+        if load:
+            accelerator.load_state(folder[0])
+        result = []
+        for step in range(steps):
+            if steps == 4 and step == 2:
+                accelerator.save_state(folder[0])
+            backward(accelerator, engine, LOSSES["instance"](model(x), y), weighting)
+            opt.step()
+            opt.zero_grad()
+            result.append(parameters_of(network))
+        return result
+
+    try:
+        whole = train(4, load=False)
+        resumed = train(2, load=True)
+        (Path(folder[0]) / "custom_checkpoint_0.pkl").unlink(missing_ok=True)
+        dist.barrier()
+        return {"whole": whole, "resumed": resumed, "forgetful": train(2, True, register=False)}
+    finally:
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder[0])
 
 
 def _bare_root(rank: int, world_size: int) -> list[Tensor]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,8 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from jddist.aggregation import UPGradWeighting
+from jddist import attach
+from jddist.aggregation import GradVacWeighting, UPGradWeighting
 from jddist.autogram import Engine
 from jddist.errors import NonFiniteObjectiveError, UnsupportedModelError
 from jddist.integrations.lightning import JacobianDescent, backward
@@ -31,7 +35,7 @@ from tests.distributed._training import (
     upgrad_for,
 )
 from tests.integrations._host import as_launched
-from tests.integrations._reference import CLIP, MICRO, failure_of
+from tests.integrations._reference import CLIP, MICRO, failure_of, task_step
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ddp": DDPStrategy,
@@ -77,6 +81,10 @@ def run(rank: int, world_size: int) -> dict[str, Any]:
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
         result: dict[str, Any] = {n: _fit(rank, world_size, n, **c) for n, c in CASES.items()}
         result |= _traps(rank, world_size)
+        groups = Groups(rank, world_size, {"objective": "task", "kind": "uneven"})
+        _fit_module(groups, "ddp")
+        result["groups"] = groups.trace
+        result["resumed"] = _resumed(rank, world_size)
     return result
 
 
@@ -130,13 +138,15 @@ class Module(LightningModule):
         assert weights.isfinite().all()
 
 
-def _trainer(strategy: str, callback: JacobianDescent, *, bf16: bool = False) -> Trainer:
+def _trainer(
+    strategy: str, callback: JacobianDescent, *, bf16: bool = False, max_epochs: int = 1
+) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=torch.distributed.get_world_size(),
         strategy=STRATEGIES[strategy](),
         precision="bf16-mixed" if bf16 else "32-true",
-        max_epochs=1,
+        max_epochs=max_epochs,
         use_distributed_sampler=False,
         callbacks=[callback],
         logger=False,
@@ -199,6 +209,55 @@ class Nan(Module):
     def step(self, losses: Tensor, samples: int) -> None:
         bad = self.trainer.global_rank == 1
         backward(self, losses * float("nan") if bad else losses)
+
+
+class Groups(Module):
+    """Explicit Jacobians by groups of parameters: no backward of DDP's is involved."""
+
+    def on_train_start(self) -> None:
+        attach(self.trainer.strategy.model)
+
+    def training_step(self, batch: int, index: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        task_step(self.network, self.network, *self.parts[0])
+        optimizer.step()
+        self.trace.append(parameters_of(self.network))
+
+
+def _resumed(rank: int, world_size: int) -> dict[str, list[Tensor]]:
+    """Two epochs in one go; and one, a checkpoint of Lightning's, and the other."""
+    folder = [tempfile.mkdtemp(prefix="jddist-lightning-")] if rank == 0 else [""]
+    torch.distributed.broadcast_object_list(folder, 0)
+    file = str(Path(folder[0]) / "half.ckpt")
+    case = {"objective": "instance", "optimizer": "adamw", "kind": "uneven"}
+
+    class Stateful(Module):
+        def step(self, losses: Tensor, samples: int) -> None:
+            backward(self, losses)
+
+    def fit(epochs: int, *, save: bool = False, load: bool = False) -> list[Tensor]:
+        weighting = GradVacWeighting(generator=torch.Generator().manual_seed(3))
+        callback = JacobianDescent(weighting, batch_dim=0)
+        trainer = _trainer("ddp", callback, max_epochs=epochs)
+        module = Stateful(rank, world_size, case)
+        loader = DataLoader([0, 1], batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(module, loader, ckpt_path=file if load else None, weights_only=load or None)
+        if save:
+            trainer.save_checkpoint(file)
+        return module.trace
+
+    try:
+        whole, half = fit(2), fit(1, save=True)
+        rest = fit(2, load=True)
+        keep, JacobianDescent.load_state_dict = JacobianDescent.load_state_dict, lambda *_: None
+        forgetful = fit(2, load=True)
+        JacobianDescent.load_state_dict = keep
+        return {"whole": whole, "half": half, "resumed": rest, "forgetful": forgetful}
+    finally:
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(folder[0])
 
 
 def _traps(rank: int, world_size: int) -> dict[str, Any]:

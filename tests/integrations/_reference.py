@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jddist.aggregation import UPGradWeighting
+from jddist.aggregation import IMTLG, UPGrad, UPGradWeighting
+from jddist.autojac import jac_to_grad_groups, mtl_backward
 from tests._oracle import jacobian, relative_error
 from tests.distributed._training import (
     LOSSES,
     OPTIMIZERS,
     STEPS,
+    TASKS,
+    Network,
     make_data,
     make_network,
     parameters_of,
@@ -63,6 +66,48 @@ def reference(
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         opt.step()
         result.append(parameters_of(model))
+    return result
+
+
+def groups_of(network: Network) -> list[list[nn.Parameter]]:
+    """The shared parameters in two groups; those of ``last`` belong to the tasks."""
+    first = [*network.first.parameters(), *network.norm.parameters()]
+    return [first, list(network.twice.parameters())]
+
+
+def task_step(network: Network, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The gradient of four tasks, aggregated by groups; ``model`` is the network as wrapped."""
+    kept: list[Tensor] = []
+    handle = network.last.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    out = model(x)
+    handle.remove()
+    tasks = (out - y).pow(2)
+    losses = [tasks[:, i].sum() / max(len(x), 1) for i in range(TASKS)]
+    last = list(network.last.parameters())
+    shared = [p for group in groups_of(network) for p in group]
+    mtl_backward(losses, kept, tasks_params=[last] * TASKS, shared_params=shared, count=len(x))
+    jac_to_grad_groups(groups_of(network), [UPGrad(), IMTLG()])
+
+
+def task_reference() -> list[Tensor]:
+    """``task_step`` in one process, by brute force."""
+    network, (x, y) = make_network(), make_data()
+    opt = OPTIMIZERS["sgd"](list(network.parameters()))
+    groups, last = groups_of(network), list(network.last.parameters())
+    result = []
+    for _ in range(STEPS):
+        opt.zero_grad()
+        losses = LOSSES["task"](network(x), y)
+        for parameter, gradient in zip(
+            last, torch.autograd.grad(losses.sum(), last, retain_graph=True), strict=True
+        ):
+            parameter.grad = gradient
+        for group, aggregator in zip(groups, [UPGrad(), IMTLG()], strict=True):
+            pieces = aggregator(jacobian(losses, group)).split([p.numel() for p in group])
+            for parameter, piece in zip(group, pieces, strict=True):
+                parameter.grad = piece.view_as(parameter)
+        opt.step()
+        result.append(parameters_of(network))
     return result
 
 

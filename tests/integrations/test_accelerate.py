@@ -11,7 +11,7 @@ from torch import nn
 from tests._oracle import gramian, relative_error
 from tests.distributed._training import make_data
 from tests.integrations._host import WORLDS, results_of
-from tests.integrations._reference import check, moved, reference
+from tests.integrations._reference import check, moved, reference, task_reference
 
 pytest.importorskip("accelerate")
 
@@ -71,3 +71,22 @@ def test_nan_is_never_silent(world_size: int, results: dict[int, list[Any]]) -> 
         assert "rank 1" in found["raised"] and found["grads"] == 0
         assert found["skipped"] == 0.0 and found["warned"] and found["grads after skip"] == 0.0
         assert found["goes on"]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_groups_of_explicit_jacobians(world_size: int, results: dict[int, list[Any]]) -> None:
+    """``mtl_backward`` and ``jac_to_grad_groups``, after ``attach`` of the prepared model."""
+    check([rank["groups"] for rank in results[world_size]], task_reference())
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_its_checkpoints_resume_a_stateful_weighting(
+    world_size: int, results: dict[int, list[Any]]
+) -> None:
+    """By ``register_for_checkpointing(weighting)``."""
+    for found in (rank["resumed"] for rank in results[world_size]):
+        for got, wanted in zip(found["resumed"], found["whole"][2:], strict=True):
+            # DDP adds up in another order in its first step.
+            assert relative_error(got, wanted) <= 1e-12
+        # Without it the state is lost, and it does matter.
+        assert relative_error(found["forgetful"][-1], found["whole"][-1]) > 1e-4

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests._oracle import relative_error
 from tests.integrations._host import WORLDS, results_of
-from tests.integrations._reference import check, moved, reference
+from tests.integrations._reference import check, moved, reference, task_reference
 
 pytest.importorskip("lightning")
 
@@ -96,3 +97,22 @@ def test_what_does_not_fit_is_refused(world_size: int, results: dict[int, list[A
     for rank in results[world_size]:
         assert "automatic_optimization" in rank["automatic"]
         assert "0 JacobianDescent callbacks" in rank["no callback"]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_groups_of_explicit_jacobians(world_size: int, results: dict[int, list[Any]]) -> None:
+    """``mtl_backward`` and ``jac_to_grad_groups`` reduce by themselves, whatever DDP expects."""
+    check([rank["groups"] for rank in results[world_size]], task_reference())
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_its_checkpoints_resume_a_stateful_weighting(
+    world_size: int, results: dict[int, list[Any]]
+) -> None:
+    """The callback keeps the weighting's state."""
+    for found in (rank["resumed"] for rank in results[world_size]):
+        assert len(found["whole"]) == 4 and len(found["resumed"]) == 2
+        for got, wanted in zip(found["half"] + found["resumed"], found["whole"], strict=True):
+            # DDP adds up in another order in its first step.
+            assert relative_error(got, wanted) <= 1e-12
+        assert relative_error(found["forgetful"][-1], found["whole"][-1]) > 1e-4
