@@ -59,9 +59,7 @@ class Ranks:
             torch.cuda.synchronize(self.device)
 
 
-def join(
-    backend: str | None, device: str | None, timeout: float, *, alone: bool = False
-) -> Ranks:
+def join(backend: str | None, device: str | None, timeout: float, *, alone: bool = False) -> Ranks:
     """Joins the ranks that torchrun (or anything else that sets its variables) started.
 
     Without ``RANK`` in the environment the process is a group of its own.
