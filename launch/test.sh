@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv and runs them, the examples' short forms and the checkers.
+# Installs what the tests need into .venv and runs them, the examples' short forms and the checkers,
+# and builds the documentation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/_environment.sh
@@ -8,8 +9,8 @@ usage() {
     cat <<'HELP'
 usage: bash launch/test.sh [--full] [-- pytest arguments]
 
-Runs ruff, mypy, pytest (two processes) and the examples, and ends with a summary. Every stage runs,
-also after one that failed. Under 20 minutes on two cores.
+Runs ruff, mypy, the documentation's build (build/docs), pytest (two processes) and the examples, and
+ends with a summary. Every stage runs, also after one that failed. Under 20 minutes on two cores.
   --full    the long forms (the tests marked slow, the examples in full; under 80 minutes)
   --        what follows goes to pytest, e.g. -- tests/unit -k linear
 
@@ -59,6 +60,7 @@ run_examples() {
 stage "ruff check" "$python" -m ruff check .
 stage "ruff format" "$python" -m ruff format --check .
 stage "mypy" "$python" -m mypy
+stage "docs" "$python" -m sphinx -q -W -E docs build/docs
 stage "pytest" run_pytest "$@"
 stage "examples" run_examples
 

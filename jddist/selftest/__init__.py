@@ -5,6 +5,6 @@ process that computes every row of the Jacobian by itself in float64.
 """
 
 from .checks import Check, Finding
-from .runner import Outcome, Result, run
+from .runner import Result, run
 
-__all__ = ["Check", "Finding", "Outcome", "Result", "run"]
+__all__ = ["Check", "Finding", "Result", "run"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("ruff check", "ruff format", "mypy", "pytest", "examples")
+STAGES = ("ruff check", "ruff format", "mypy", "docs", "pytest", "examples")
 
 # Stands in for a Python: notes what was run, and fails where the variable FAIL says so.
 STUB = """#!/usr/bin/env bash
@@ -65,6 +65,7 @@ def test_all_stages_run_and_the_summary_counts_skipped_tests(clone: Path) -> Non
         "-m ruff check .",
         "-m ruff format --check .",
         "-m mypy",
+        "-m sphinx -q -W -E docs build/docs",
         "-m pytest -n 2 -m not slow",
         "examples/one.py --smoke",
         "examples/two.py --smoke",
@@ -81,6 +82,7 @@ def test_all_stages_run_and_the_summary_counts_skipped_tests(clone: Path) -> Non
         ("-m ruff check", "ruff check"),
         ("-m ruff format", "ruff format"),
         ("-m mypy", "mypy"),
+        ("-m sphinx", "docs"),
         ("-m pytest", "pytest"),
         ("examples/one.py", "examples"),
     ],

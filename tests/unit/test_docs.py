@@ -1,8 +1,16 @@
-"""Every Python snippet of the README and of docs/ runs, in one process and on two ranks."""
+"""Every Python snippet of the README and of docs/ runs, in one process and on two ranks.
+
+Shell snippets are parsed, and what they call is there and knows the options.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +22,23 @@ from jddist import scalarization
 from tests._ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-PAGES = [Path("README.md"), *sorted(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(Path("README.md"), Path("CONTRIBUTING.md")),
+    *sorted(p.relative_to(ROOT) for p in (ROOT / "docs").rglob("*.md")),
+]
 
 
-def _snippets(page: Path) -> list[str]:
+def _snippets(page: Path, language: str = "python") -> list[str]:
     text = (ROOT / page).read_text()
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+PROGRAMS = [page for page in PAGES if _snippets(page)]
+# Of which nothing is checked but how they are written.
+COMMANDS = {"sbatch", "torchrun", "deepspeed", "accelerate", "tensorboard", "python", "export"}
+SHELL_LINES = [
+    line for page in PAGES for text in _snippets(page, "sh") for line in text.split("\n")
+]
 
 
 def _run_snippets(rank: int, world_size: int, page: Path) -> list[str]:
@@ -40,15 +59,59 @@ def _names_of_program(page: Path, rank: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", PROGRAMS, ids=str)
 def test_the_snippets_run(page: Path, world_size: int) -> None:
-    assert len(_snippets(page)) >= 3
     expected = {
         Path("README.md"): {"engine", "weights", "gramian", "errors", "accumulation"},
         Path("docs/methods.md"): {"factor", "resumed", "condition", "scalar", "wrapped"},
     }
     for names in run_ranks(_run_snippets, world_size, page):
         assert expected.get(page, set()) <= set(names)
+
+
+def test_pages_that_show_how_have_snippets() -> None:
+    guides = {"getting_started", "concepts", "migration", "layer_rules", "scaling", "methods"}
+    assert guides | {"README"} <= {page.stem for page in PROGRAMS}
+    assert len(_snippets(PAGES[0])) >= 3
+
+
+def test_languages_of_snippets() -> None:
+    """What is neither Python nor shell would go untested."""
+    known = {"python", "sh", "text", "json", "yaml"}
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+        languages = {name for name in fences[::2] if not name.startswith("{")}
+        assert languages <= known and not any(fences[1::2]), page
+
+
+@pytest.mark.parametrize("line", sorted(set(filter(None, SHELL_LINES))))
+def test_shell_snippets(line: str) -> None:
+    """Launchers are run as --dry-run; other commands are looked up."""
+    subprocess.run(["bash", "-n"], input=line, text=True, check=True, timeout=20)
+    words = shlex.split(line, comments=True)
+    scripts = [word for word in words if word.startswith("launch/")]
+    for script in scripts:
+        assert (ROOT / script).exists()
+    if scripts and words[0] == "bash":
+        text = (ROOT / scripts[0]).read_text()
+        if "--dry-run" in text:
+            command = ["bash", words[1], "--dry-run", *words[2:]]
+            env = {**os.environ, "JDDIST_RUN_PYTHON": sys.executable}
+            result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+            assert result.returncode == 0, result.stderr
+        else:
+            options = [word for word in words[2:] if word.startswith("--") and word != "--"]
+            assert all(option in text for option in options)
+    elif "-m" in words[1:]:
+        assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None
+    elif words[0] == "docker":
+        files = [words[i + 1] for i, word in enumerate(words) if word == "-f"]
+        assert all((ROOT / name).exists() for name in files)
+    elif words[:2] == ["pip", "install"]:
+        held = [words[i + 1] for i, word in enumerate(words) if word == "-c"]
+        assert all((ROOT / name).exists() for name in held)
+    else:
+        assert words[0] in COMMANDS, line
 
 
 def test_the_first_example_is_short() -> None:
