@@ -18,8 +18,13 @@ def relaunch(script: str, args: Namespace) -> None:
     options += ["--batch-size", str(args.batch_size)]
     if args.lr:
         options += ["--lr", *map(str, args.lr)]
+    if args.checkpoint_dir:
+        options += ["--checkpoint-every", str(args.checkpoint_every)]
     for count in counts:
-        torchrun(script, count, [*options, "--out", str(Path(args.out) / f"ranks-{count}")])
+        own = ["--out", str(Path(args.out) / f"ranks-{count}")]
+        if args.checkpoint_dir:
+            own += ["--checkpoint-dir", str(Path(args.checkpoint_dir) / f"ranks-{count}")]
+        torchrun(script, count, [*options, *own])
     compare(Path(args.out), counts)
 
 

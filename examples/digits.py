@@ -13,6 +13,9 @@ added. What is compared is optimisation: the area under the training-loss curve,
 over epochs of the loss on all 1,024 training images, measured after each epoch. Each method takes
 the learning rate of a small grid that gives it the smallest area on a seed of its own.
 
+With ``--checkpoint-dir`` it goes on by itself when ``torchrun --max-restarts`` starts it again, or
+when the same command is given again after a SIGTERM, as if there had been no interruption.
+
     torchrun --standalone --nproc-per-node 2 examples/digits.py    # one number of ranks
     python examples/digits.py --nproc 4                            # 1, 2 and 4 ranks, one table
 """
@@ -23,12 +26,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from _digits_ranks import relaunch
 from _digits_report import Epoch, Report, write_heat_map
+from _digits_resume import Keeper, Stopped
 from _ranks import Ranks, leave_ranks, start_ranks
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -37,6 +42,7 @@ from tqdm import tqdm
 
 from jddist.aggregation import UPGradWeighting
 from jddist.autogram import Engine
+from jddist.checkpoint import StopSignals
 from jddist.distribution import Local
 from jddist.linalg import AutomaticProjector
 
@@ -100,27 +106,36 @@ def make_step(method: str, network: nn.Module, ranks: Ranks) -> Callable[[Tensor
 def train(
     method: str, seed: int, lr: float, args: argparse.Namespace, data: Data, ranks: Ranks
 ) -> list[Epoch]:
-    """Trains one network; the measurements after each epoch."""
+    """Trains one network, or what is left to train of it; the measurements after each epoch."""
     network = make_network(seed, ranks)
     step = make_step(method, network, ranks)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     criterion = nn.CrossEntropyLoss(reduction="none")
     shuffle = torch.Generator().manual_seed(seed)
-    epochs = []
+    folder = None
+    if args.checkpoint_dir is not None:
+        folder = Path(args.checkpoint_dir) / f"{method}-seed-{seed}-lr-{lr}"
+    keeper = Keeper(folder, args.checkpoint_every, args.stop, network, optimizer)
+    position = keeper.load()
+    done = len(position.epochs)
     for number in range(1, args.epochs + 1):
         start = ranks.clock()
         order = torch.randperm(TRAINING_IMAGES, generator=shuffle)
-        for indices in order.split(args.batch_size):
+        if number <= done:
+            continue
+        for indices in order.split(args.batch_size)[position.batches :]:
             mine = ranks.part(indices).to(ranks.device)
             losses = criterion(network(data.train_x[mine]), data.train_y[mine])
             optimizer.zero_grad()
             step(losses, len(indices))
             optimizer.step()
-        seconds = ranks.clock() - start
+            position.batches += 1
+            position.seconds, start = position.seconds + ranks.clock() - start, ranks.clock()
+            keeper.after_step(position)
         with torch.no_grad():
             loss = criterion(network(data.train_x), data.train_y).mean()
             hits = network(data.test_x).argmax(dim=1) == data.test_y
-        epochs.append(
+        position.epochs.append(
             Epoch(
                 method=method,
                 ranks=ranks.size,
@@ -129,10 +144,13 @@ def train(
                 epoch=number,
                 train_loss=float(loss),
                 test_accuracy=float(hits.double().mean()),
-                seconds=seconds,
+                seconds=position.seconds,
             )
         )
-    return epochs
+        position.batches, position.seconds = 0, 0.0
+    if done < args.epochs:
+        keeper.finish(position)
+    return position.epochs[: args.epochs]
 
 
 def area(epochs: list[Epoch]) -> float:
@@ -189,9 +207,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="images over all ranks")
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates to choose from")
     parser.add_argument("--nproc", type=int, help="compare 1, 2 and this many ranks")
+    parser.add_argument("--checkpoint-dir", help="where checkpoints go, and are looked for")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=32, metavar="STEPS", help="steps between them"
+    )
     parser.add_argument("--out", default="runs/digits", help="where results go")
     parser.add_argument("--smoke", action="store_true", help="one seed, one epoch, one rate")
     args = parser.parse_args(arguments)
+    args.stop = None
     if args.smoke:
         args.seeds, args.epochs, args.lr = 1, 1, [0.1]
     return args
@@ -204,7 +227,12 @@ def main() -> None:
         return
     ranks = start_ranks()
     try:
-        run(args, load_data(ranks.device), ranks)
+        with StopSignals() if args.checkpoint_dir else nullcontext() as args.stop:
+            run(args, load_data(ranks.device), ranks)
+    except Stopped as stopped:
+        if ranks.rank == 0:
+            print(f"digits.py {stopped}", file=sys.stderr, flush=True)
+        sys.exit(stopped.exit_code)
     finally:
         leave_ranks()
 

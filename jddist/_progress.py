@@ -48,7 +48,7 @@ class Progress:
 
     def enter_forward(self) -> None:
         """Notes that a module was called, which ends a backward of the user's own."""
-        if self.stage not in ("forward", "checkpoint") and _graph_task() == -1:
+        if self.stage != "forward" and _graph_task() == -1:
             self.enter("forward")
 
 

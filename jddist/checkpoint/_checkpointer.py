@@ -162,21 +162,24 @@ class Checkpointer:
         enter("checkpoint")
         snapshots: list[_Snapshot] = []
 
-        def capture() -> str:
+        def capture() -> dict[str, Any]:
             structure, tensors = self._state.capture()
             place = json.dumps(dict(position or {}), sort_keys=True)
             random_state = to_bytes(_random.capture())
             snapshots.append(_Snapshot(step, place, to_bytes(structure), tensors, random_state))
             sharded = sorted(n for n, t in tensors.items() if isinstance(t, DTensor))
-            told = json.dumps([step, place, sorted(tensors), sharded])
-            return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+            names = json.dumps([sorted(tensors), sharded])
+            digest = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
+            return {"step": step, "position": place, "names of state (digest)": digest}
 
-        digests = self._ranks.run("Saving a checkpoint", capture)
-        if len(set(digests)) > 1:
-            raise CheckpointError(
-                f"Found ranks that save something else (digests {', '.join(digests)}); expected "
-                "the same step, position and names of state on every rank."
-            )
+        told = self._ranks.run("Saving a checkpoint", capture)
+        for name, value in told[0].items():
+            if any(of_rank[name] != value for of_rank in told):
+                listed = ", ".join(f"rank {r}: {of_rank[name]}" for r, of_rank in enumerate(told))
+                raise CheckpointError(
+                    f"Found ranks that save another {name} ({listed}); expected the same on every "
+                    "rank. What differs between ranks, such as a time, take from rank 0."
+                )
         (snapshot,) = snapshots
         if wait:
             self._write(snapshot)

@@ -186,8 +186,8 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path: Path) -> None:
     ranks = run_ranks(_failing, 2, str(tmp_path))
     for found in ranks:
         assert found == ranks[0]
-        for name in ("step", "position"):
-            assert "the same step, position" in found[name]
+        assert "another step (rank 0: 2, rank 1: 3)" in found["step"]
+        assert 'another position (rank 0: {"seen": 0}, rank 1: {"seen": 1})' in found["position"]
         for name in ("full", "full in the background", "afterwards"):
             assert "failed on rank 1: OSError: [Errno 28] No space left" in found[name]
             assert "those that were there are untouched" in found[name]
