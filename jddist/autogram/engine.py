@@ -188,12 +188,9 @@ class Engine:
         blocks: Blocks,
         scale: float | Tensor | None = None,
     ) -> Tensor:
-        parts = global_pass.gramian(
-            self._distribution, layout, blocks, output, self._table, self._prefer
-        )
+        parts = self._reporter.gramian(layout, blocks, output, self._table, self._prefer, scale)
         self._layout, self._skip = layout, False
         self._taken = self._taken_with(layout, blocks, parts.plan)
-        self._reporter.gramian_known(layout, blocks, output, self._table, self._prefer, scale)
         if not parts.finite and scale is None:
             error = global_pass.nonfinite_error(layout, parts)
             if self._nonfinite == "raise":

@@ -11,8 +11,9 @@ from jddist._observing import Observers, Outcome, StepRecord, Weighed
 from jddist.distribution.base import Distribution, is_sharded
 from jddist.distribution.planning import Prefer
 
-from .by_layer import gramians_by_layer
-from .global_pass import GlobalLayout
+from . import global_pass
+from .by_layer import gramian_by_layer
+from .global_pass import GlobalLayout, GramianParts
 from .local_pass import Blocks
 from .parameters import ParameterTable
 
@@ -45,7 +46,7 @@ class Reporter:
         self._wants_layers = bool(self._observers) and self._observers.wants_layers()
         return {"Gramians by layer": True} if self._wants_layers else {}
 
-    def gramian_known(
+    def gramian(
         self,
         layout: GlobalLayout,
         blocks: Blocks,
@@ -53,16 +54,17 @@ class Reporter:
         table: ParameterTable,
         prefer: Prefer,
         scale: float | Tensor | None,
-    ) -> None:
-        """The Gramian is known; the blocks that it was made of are still there."""
-        self._layers = []
-        if not self._observers:
-            return
-        self._observers.gramian_known()
+    ) -> GramianParts:
+        """The global Gramian; also layer by layer if an observer wants it."""
+        arguments = (self._distribution, layout, blocks, output, table, prefer)
         if self._wants_layers:
+            parts, layers = gramian_by_layer(*arguments)
             factor = 1.0 if scale is None else float(scale) ** -2
-            found = gramians_by_layer(self._distribution, layout, blocks, output, table, prefer)
-            self._layers = [(name, gramian * factor) for name, gramian in found]
+            self._layers = [(name, layout.whole.generalized(g * factor)) for name, g in layers]
+        else:
+            parts, self._layers = global_pass.gramian(*arguments), []
+        self._observers.gramian_known()
+        return parts
 
     def ends(
         self,
