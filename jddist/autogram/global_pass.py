@@ -192,19 +192,11 @@ def gramian(
     """
     enter("exchange")
     group, everyone, device = distribution.group, distribution.everyone, output.device
-    entries = table.entries
-    columns = [distribution.lockstep.numel(e.parameter) for e in entries]
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    for entry in entries:
-        dtype = torch.promote_types(dtype, entry.parameter.dtype)
+    dtype = _travelling_dtype(output, table)
     finite = torch.isfinite(layout.local.rows_of(output.detach()))
     m = layout.whole.num_rows
     scale = torch.tensor(layout.row_scale, dtype=torch.float64, device=device)
-    exchange = None
-    if everyone.size > 1:
-        exchange = planned(layout, columns, group.size, dtype.itemsize, prefer)
-        if everyone.size > group.size:
-            exchange = replace(exchange, everyone=everyone.size)
+    exchange = plan_of(distribution, layout, output, table, prefer)
     flags = torch.zeros(group.size, m, dtype=torch.float64, device=device)
     if group.size == 1:
         if early is None:
@@ -246,6 +238,30 @@ def gramian(
         # Products of finite rows are finite, but for what an exchange made of them.
         flags = flags | rows | (bad & ~rows & ~rows.unsqueeze(1)).any(dim=1)
     return GramianParts(values, flags, exchange)
+
+
+def plan_of(
+    distribution: Distribution,
+    layout: GlobalLayout,
+    output: Tensor,
+    table: ParameterTable,
+    prefer: Prefer,
+) -> Plan | None:
+    """The exchange of all ranks' blocks, or None in one process."""
+    group, everyone = distribution.group, distribution.everyone
+    if everyone.size == 1:
+        return None
+    columns = [distribution.lockstep.numel(e.parameter) for e in table.entries]
+    itemsize = _travelling_dtype(output, table).itemsize
+    found = planned(layout, columns, group.size, itemsize, prefer)
+    return replace(found, everyone=everyone.size) if everyone.size > group.size else found
+
+
+def _travelling_dtype(output: Tensor, table: ParameterTable) -> torch.dtype:
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    for entry in table.entries:
+        dtype = torch.promote_types(dtype, entry.parameter.dtype)
+    return dtype
 
 
 def planned(

@@ -11,8 +11,10 @@ from jddist._observing import Observers, Outcome, StepRecord, Weighed
 from jddist.distribution.base import Distribution, is_sharded
 from jddist.distribution.planning import Prefer
 
-from .by_layer import gramians_by_layer
-from .global_pass import GlobalLayout
+from . import global_pass
+from .by_layer import gramian_by_layer
+from .early import EarlyGramian
+from .global_pass import GlobalLayout, GramianParts
 from .local_pass import Blocks
 from .parameters import ParameterTable
 
@@ -50,7 +52,7 @@ class Reporter:
         """What has to be the same on every rank: whether layers are exchanged by themselves."""
         return {"Gramians by layer": True} if self.wants_layers else {}
 
-    def gramian_known(
+    def gramian(
         self,
         layout: GlobalLayout,
         blocks: Blocks,
@@ -58,16 +60,18 @@ class Reporter:
         table: ParameterTable,
         prefer: Prefer,
         scale: float | Tensor | None,
-    ) -> None:
-        """The Gramian is known; the blocks that it was made of are still there."""
-        self._layers = []
-        if not self.observers:
-            return
-        self.observers.gramian_known()
+        early: EarlyGramian | None,
+    ) -> GramianParts:
+        """The global Gramian; also layer by layer if an observer wants it."""
+        arguments = (self._distribution, layout, blocks, output, table, prefer)
         if self.wants_layers:
+            parts, layers = gramian_by_layer(*arguments)
             factor = 1.0 if scale is None else float(scale) ** -2
-            found = gramians_by_layer(self._distribution, layout, blocks, output, table, prefer)
-            self._layers = [(name, gramian * factor) for name, gramian in found]
+            self._layers = [(name, layout.whole.generalized(g * factor)) for name, g in layers]
+        else:
+            parts, self._layers = global_pass.gramian(*arguments, early), []
+        self.observers.gramian_known()
+        return parts
 
     def ends(
         self,

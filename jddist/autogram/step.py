@@ -67,20 +67,12 @@ class Step:
     ) -> Tensor:
         """The generalized Gramian of all ranks' objectives, divided by ``scale`` squared."""
         layout, table = agreed.layout, self.contributor.table
-        parts = global_pass.gramian(
-            self.contributor.distribution,
-            layout,
-            agreed.blocks,
-            output,
-            table,
-            self.contributor.prefer,
-            agreed.early,
+        prefer = self.contributor.prefer
+        parts = self.reporter.gramian(
+            layout, agreed.blocks, output, table, prefer, scale, agreed.early
         )
         self.agreed, self.skip = agreed.without_blocks(), False
         self.taken = self._taken(agreed, parts.plan)
-        self.reporter.gramian_known(
-            layout, agreed.blocks, output, table, self.contributor.prefer, scale
-        )
         if not parts.finite and scale is None:
             error = global_pass.nonfinite_error(layout, parts)
             if self.nonfinite == "raise":

@@ -118,16 +118,15 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """As JSON values; cosines of each pair are rounded to six digits."""
-        cosines = _to_json(self.cosines)
-        if isinstance(self.cosines, np.ndarray):
-            triangle = self.cosines[np.tril_indices(len(self.cosines), -1)]
-            cosines = _to_json(triangle.round(6))
+        cosines = self.cosines
+        if isinstance(cosines, np.ndarray):
+            cosines = cosines[np.tril_indices(len(cosines), -1)].round(6)
         values = {
             "name": self.name,
             "objectives": self.objectives,
             "weights": _to_json(self.weights),
             "norms": _to_json(self.norms),
-            "cosines": cosines,
+            "cosines": _to_json(cosines),
             "update_cosines": _to_json(self.update_cosines),
             **{number: _finite(getattr(self, number)) for number in _NUMBERS},
         }

@@ -91,11 +91,10 @@ class Recorder(Observer):
         every: Every how many steps one is recorded. The first one always is.
         names: The names of the tasks, in their order.
         per_layer_every: Every how many steps an ``Engine`` computes the Gramian of each layer by
-            itself, for records of each layer. Such a step computes the products of rows twice and,
-            on several ranks, exchanges every layer twice and sums m² numbers for each of them: it
-            takes up to twice as long and sends up to twice as much and L m² numbers. It has to be
-            the same on all ranks. None: never. (``jac_to_grad_groups`` gives the groups' records
-            without that.)
+            itself, for records of each layer. On several ranks such a step sends (L-1) m² numbers
+            more for L layers, and smaller messages; the Gramian is then the sum of the layers', the
+            same up to rounding. It has to be the same on all ranks. None: never.
+            (``jac_to_grad_groups`` gives the groups' records without that.)
         groups: The names of the groups of ``jac_to_grad_groups``, in their order. By default what
             their parameters' names have in common, if the model is attached.
         rank: The rank of the default process group that writes.
@@ -138,6 +137,7 @@ class Recorder(Observer):
         self._projectors = ProjectorCounts()
         self._ended_at: float | None = None
         self._weighed_at: float | None = None
+        self._seconds: dict[str, float] = {}
         self._due = 0  # steps until the next record
         self._forget_step()
 
@@ -228,6 +228,8 @@ class Recorder(Observer):
     @_guarded
     def begins(self) -> None:
         self._begun += 1
+        if self._open:  # the previous call raised
+            self._seconds = {}
         self._open = True
         self._recording = self._writes() and (self._due <= 0 or self.wants_layers())
         self._sent_before = bytes_sent()
@@ -250,10 +252,10 @@ class Recorder(Observer):
     def weighed(self, weightings: Sequence[object]) -> None:
         if not self._writes():
             return
-        if self._recording:
-            self._weighed_at = self._clock()
-            before = self._seconds.get("weighting", 0.0)
-            self._seconds["weighting"] = before + self._weighed_at - self._weighs_at
+        # Also outside of a step: the weights of two batches belong to the step that is to come.
+        self._weighed_at = self._clock()
+        before = self._seconds.get("weighting", 0.0)
+        self._seconds["weighting"] = before + self._weighed_at - self._weighs_at
         self._add(self._projectors.after())
 
     @_guarded
@@ -279,7 +281,7 @@ class Recorder(Observer):
     def _record(self, number: int, step: StepRecord) -> None:
         now = self._clock(wait=True)
         if self._weighed_at is not None:
-            self._seconds["gradient"] = now - self._weighed_at
+            self._seconds["gradient"] = now - max(self._weighed_at, self._began_at)
         if self._ended_at is not None:
             self._seconds["step"] = now - self._ended_at
         parts = self._summarizer(step)
@@ -351,7 +353,7 @@ class Recorder(Observer):
 
     def _forget_step(self) -> None:
         self._recording = False
-        self._seconds: dict[str, float] = {}
+        self._seconds = {}
         self._began_at = self._weighs_at = 0.0
         self._weighed_at = None
         self._sent_before = 0.0
