@@ -61,7 +61,7 @@ class Zero(Distribution):
         self.stage = int(engine.zero_optimization_stage())
         self.public_only = _without_internals(self.stage) if public_only is None else public_only
         if self.public_only and self.stage == 3:
-            raise unknown("ZeRO-3 is to be used by public functions alone, which cannot be exact")
+            raise _needs_internals("ZeRO-3")
         super().__init__(Group(dist.group.WORLD), objectives)
         warn_if_clipping_is_unset(engine)
         self._hooks = SecondForward(engine) if self.public_only else Internals(engine)
@@ -139,7 +139,7 @@ class Zero(Distribution):
 
     def check_gives_rows(self) -> None:
         if self.public_only:
-            raise unknown("rows of the Jacobian cannot be had by public functions alone")
+            raise _needs_internals("rows of the Jacobian")
 
     def weighted_backward(self, output: Tensor, weights: Tensor, *, retain_graph: bool) -> None:
         """The engine's own backward of the weighted sum, which it divides by the micro-steps."""
@@ -263,6 +263,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Any) -> Any:
         (scale,) = outputs
         return (None, *(g * scale.to(g.dtype) for g in ctx.gradients))
+
+
+def _needs_internals(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Found {what} with a DeepSpeed engine of which jddist is to use public functions alone; "
+        f"expected DeepSpeed {', '.join(TESTED)}, whose internals are known, and no "
+        f'public_only=True. Install it: pip install "deepspeed=={TESTED[-1]}".'
+    )
 
 
 def _without_internals(stage: int) -> bool:

@@ -41,7 +41,7 @@ def deepspeed_ready(rank: int) -> Iterator[Any]:
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
             message = f"`torch.distributed.{name}` is deprecated"
             warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-        # As soon as it is imported it compiles an optimizer's step: torch scripts a layer.
+        # It compiles an optimizer's step at import, for which torch scripts a layer.
         message = "`torch.jit.script_method` is deprecated"
         warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
         import deepspeed
