@@ -28,6 +28,9 @@ from jddist.distribution.reorder import ColumnOrder
 from jddist.errors import NonFiniteObjectiveError
 from jddist.linalg.gramian import compute_gramian
 
+# How many columns are looked at at a time.
+_CHUNK = 1 << 16
+
 
 @dataclass(eq=False)
 class RowGroup:
@@ -84,7 +87,7 @@ def aggregate(
         RankError: A weighting failed on rank 0.
     """
     enter("exchange")
-    finite = [torch.isfinite(group.rows).all(dim=1) for group in groups]
+    finite = [_finite_rows(group.rows) for group in groups]
     shards = [_column_shard(group, distribution) for group in groups]
     gramians = _sum_gramians(groups, shards, finite, distribution)
     observers.gramian_known()
@@ -142,6 +145,14 @@ class _Shard(RankColumns):
             job = Job(weighting, statistic, statistic.shape[:1])
             return self._distribution.run_once([job])[0].to(statistic.dtype)
         return self._weights.to(statistic.dtype)
+
+
+def _finite_rows(rows: Tensor) -> Tensor:
+    """For each row whether all of it is finite; never a second matrix of that size."""
+    flags = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    for columns in rows.split(_CHUNK, dim=1):
+        flags &= torch.isfinite(columns).all(dim=1)
+    return flags
 
 
 def _column_shard(group: RowGroup, distribution: Distribution) -> Tensor:

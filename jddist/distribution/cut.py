@@ -37,7 +37,9 @@ class ColumnCut:
         return sum(t.numel() for t in self.tensors)
 
     def columns(self, jacs: Sequence[Tensor | None], num_rows: int, dtype: torch.dtype) -> Tensor:
-        """The rows' columns at hand: [m, n_r], zeros for tensors without rows."""
+        """The rows' columns at hand: [m, n_r], zeros for tensors without rows.
+
+        What ``adjacent_rows`` made in the order of the tensors is not copied."""
         pieces = []
         for tensor, jac, holding in zip(self.tensors, jacs, self._holdings, strict=True):
             if jac is None:
@@ -47,7 +49,7 @@ class ColumnCut:
                 local = part_of(jac.detach())
                 piece = local.reshape(num_rows, local.shape[1:].numel())[:, start:stop]
             pieces.append(piece.to(dtype))
-        return torch.cat(pieces, dim=1)
+        return _joined(pieces)
 
     def gradients(self, vector: Tensor) -> list[Tensor]:
         """From every rank's part [n_r] of a vector to gradients like the tensors.
@@ -143,6 +145,44 @@ def new_rows(tensor: Tensor, num_rows: int) -> Tensor:
     """Zeros [m, *shape of this rank's part]."""
     local = part_of(tensor)
     return torch.zeros(num_rows, *local.shape, dtype=local.dtype, device=local.device)
+
+
+def adjacent_rows(tensors: Sequence[Tensor], num_rows: int) -> list[Tensor]:
+    """``new_rows`` of several tensors, side by side in one matrix for each kind of them."""
+    parts = [part_of(tensor) for tensor in tensors]
+    widths: dict[tuple[torch.dtype, torch.device], int] = {}
+    for part in parts:
+        kind = (part.dtype, part.device)
+        widths[kind] = widths.get(kind, 0) + part.numel()
+    matrices = {
+        kind: torch.zeros(num_rows, width, dtype=kind[0], device=kind[1])
+        for kind, width in widths.items()
+    }
+    starts = dict.fromkeys(widths, 0)
+    rows = []
+    for part in parts:
+        kind = (part.dtype, part.device)
+        start = starts[kind]
+        starts[kind] = stop = start + part.numel()
+        rows.append(matrices[kind][:, start:stop].view(num_rows, *part.shape))
+    return rows
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Matrices side by side; if they lie so in memory already, as a view of it."""
+    filled = [piece for piece in pieces if piece.numel()]
+    if not filled:
+        return torch.cat(list(pieces), dim=1)
+    first, at = filled[0], filled[0].storage_offset()
+    for piece in filled:
+        same = piece.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and piece.dtype == first.dtype and piece.storage_offset() == at):
+            return torch.cat(list(pieces), dim=1)
+        if piece.stride() != (first.stride(0), 1):
+            return torch.cat(list(pieces), dim=1)
+        at += piece.shape[1]
+    width = at - first.storage_offset()
+    return first.as_strided((len(first), width), (first.stride(0), 1))
 
 
 def part_of(tensor: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class FullyShard(ShardedColumns):
                     retain_graph=retain_graph,
                     summed=summed,
                     not_last=self._unsharding.kept if keeps else nullcontext,
+                    order=list(self.names),
                 )
         except BaseException:
             self._unsharding.drop_failed_passes()

@@ -7,7 +7,7 @@ what a backward leaves in ``.grad``, which is put back as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch.nn.parameter import Parameter
 from jddist.errors import UnsupportedModelError
 
 from .collectives import Group
-from .cut import like, new_rows, part_of, rows_like
+from .cut import adjacent_rows, like, new_rows, part_of, rows_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ def reduced_rows(
     retain_graph: bool,
     summed: Collection[Parameter] = (),
     not_last: Callable[[], AbstractContextManager[None]] = nullcontext,
+    order: Iterable[Parameter] = (),
 ) -> tuple[dict[Parameter, Tensor], list[bool]]:
     """Every parameter's rows of all passes, and whether this rank's part of each row is finite.
 
@@ -59,14 +60,18 @@ def reduced_rows(
         retain_graph: Whether to keep the graph after the last pass.
         summed: Parameters whose rows are added up: they get a gradient instead.
         not_last: A guard around every pass but the last.
+        order: All parameters, in the order in which rows are to lie side by side.
 
     Returns:
         For each parameter of any pass [m, *shape], zeros in rows that are not differentiated
         towards it (or the sum [*shape]): a DTensor for a sharded one; and one flag for each row.
     """
-    parameters = list(dict.fromkeys(p for one in passes for p in one.parameters))
+    wanted = dict.fromkeys(p for one in passes for p in one.parameters)
+    parameters = list(dict.fromkeys([*(p for p in order if p in wanted), *wanted]))
     _check_hooks(parameters)
-    rows = {p: new_rows(p, 1 if p in summed else len(passes)) for p in parameters}
+    rows = {p: new_rows(p, 1) for p in parameters if p in summed}
+    apart = [p for p in parameters if p not in rows]
+    rows |= dict(zip(apart, adjacent_rows(apart, len(passes)), strict=True))
     flags = []
     for i, one in enumerate(passes):
         last = i == len(passes) - 1
@@ -75,7 +80,8 @@ def reduced_rows(
             flags.append(_run(one, leaves, targets, retain_graph or not last))
     for parameter in parameters:
         if parameter not in leaves:  # all ranks hold it, and the wrapper leaves it alone
-            group.all_reduce(rows[parameter]).div_(divisor)
+            reduced = group.all_reduce(rows[parameter].contiguous()).div_(divisor)
+            rows[parameter].copy_(reduced)
     results = {
         p: like(p, local[0]) if p in summed else rows_like(p, local) for p, local in rows.items()
     }

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from jddist.distribution.unsharding import _param_groups
 from tests._oracle import jacobian
 from tests.distributed._training import FEATURES, TASKS, flatten
 
@@ -83,6 +84,12 @@ def whole_gradients(model: nn.Module, *, placed: bool = True) -> Tensor:
             assert isinstance(p.grad, DTensor)
             assert not placed or p.grad.placements == p.placements
     return flatten([whole(p.grad) for p in trained])
+
+
+def whole_modules(model: nn.Module) -> int:
+    """How many sharded modules hold whole parameters now."""
+    sharded = (module for module in model.modules() if isinstance(module, FSDPModule))
+    return sum(group.is_unsharded for group in _param_groups(sharded))
 
 
 def rows_of(losses: Tensor, model: nn.Module) -> Tensor:

@@ -21,7 +21,14 @@ from jddist.autogram import Engine
 from jddist.autojac import backward, jac_to_grad, mtl_backward
 from tests._oracle import relative_error
 from tests._ranks import run_ranks
-from tests.distributed._sharded import make_mesh, rows_of, shard, whole, whole_gradients
+from tests.distributed._sharded import (
+    make_mesh,
+    rows_of,
+    shard,
+    whole,
+    whole_gradients,
+    whole_modules,
+)
 from tests.distributed._training import LOSSES, local_part, make_data, make_network, wrap
 
 BOUND = 1e-10
@@ -109,6 +116,11 @@ def _failures(rank: int, world_size: int) -> dict[str, Any]:
             tasks.compute_gramian(LOSSES["task"](output, y))
         finally:
             tasks.distribution.reshard = "memory"
+            assert whole_modules(model) == 0
+            # A pass that was not ended keeps later backwards from reducing some gradients.
+            losses().sum().backward()
+            assert all(p.grad is not None for p in model.parameters())
+            model.zero_grad()
 
     def other_reshard(call: Callable[[], Any]) -> None:
         tasks.distribution.reshard = "speed" if culprit else "memory"

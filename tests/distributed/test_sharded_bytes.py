@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from jddist import attach
 from jddist.aggregation import UPGrad, UPGradWeighting
@@ -21,7 +20,7 @@ from jddist.autogram import Engine
 from jddist.autojac import jac_to_grad, mtl_backward
 from tests._oracle import jacobian, relative_error
 from tests._ranks import run_ranks
-from tests.distributed._sharded import make_mesh, shard, whole_gradients
+from tests.distributed._sharded import make_mesh, shard, whole_gradients, whole_modules
 from tests.distributed._spy import spying
 from tests.distributed._wrapper_spy import spying_on_wrapper, totals
 
@@ -58,10 +57,15 @@ def _sharded() -> nn.Module:
     return model
 
 
-def _whole_modules(model: nn.Module) -> int:
-    states: list[Any] = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
-    groups = [group for state in states for group in state._fsdp_param_groups]
-    return sum(group.is_unsharded for group in groups)
+def _last_task_beside_the_shards(model: nn.Module, x: Tensor) -> None:
+    """The last pass reaches no sharded module, which would not then reshard by itself."""
+    attach(model, reshard="speed")
+    hidden = model[0](x)
+    outputs = model[2](model[1](hidden))
+    nowhere = torch.ones((), dtype=x.dtype, requires_grad=True)
+    losses = [outputs.square().mean(), outputs.mean(), nowhere.square()]
+    mtl_backward(losses, features=outputs, tasks_params=[[], [], []])
+    assert whole_modules(model) == 0
 
 
 def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
@@ -98,6 +102,7 @@ def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "rows, speed": (by_rows("speed"), _tasks),
         "instances": (engine(batch_dim=0, prefer="bytes"), _instances),
     }
+    _last_task_beside_the_shards(_sharded(), x)
     found: dict[str, Any] = {}
     for name, (step, losses_of) in cases.items():
         model = _sharded()
@@ -107,7 +112,7 @@ def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
             losses = losses_of(model(x))
             with spying_on_wrapper(world_size) as wrapper, spying(rank, world_size) as own:
                 step(model, losses)
-            assert _whole_modules(model) == 0, name
+            assert whole_modules(model) == 0, name
         messages: dict[str, list[list[float]]] = {}
         for operation, sent in own:
             messages.setdefault(operation, []).append([sent])
