@@ -38,6 +38,7 @@ def row_blocks(
         factor: By what the wrapper's reduction of an estimate is off.
     """
     objectives = layout.local.rows_of(output)
+    distribution.check_same_objectives([objectives])
     parameters = [entry.parameter for entry in table.trainable]
     identity = torch.eye(len(objectives), dtype=output.dtype, device=output.device)
     passes = [

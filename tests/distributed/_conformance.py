@@ -2,8 +2,8 @@
 
 A ``Setup`` places a model as its strategy does; each case trains it and is compared with one
 process on the whole batch. Starting processes is what takes time here, so all the cases of one
-setup share one start. The bound 1e-10 is the project's: rounding in float64 stays near 1e-15 a step, and five
-steps of an optimizer multiply it by far less than the rest.
+setup share one start. The bound 1e-10 is the project's: rounding in float64 stays near 1e-15 a
+step, and five steps of an optimizer multiply it by far less than the rest.
 """
 
 from __future__ import annotations
