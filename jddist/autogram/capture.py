@@ -141,7 +141,9 @@ class _Tap:
             _mark(tensor, Mark(record, index, get_gradient_edge(tensor).output_nr))
             tensor.register_hook(self._passing_hook(record))
             base = tensor._base
-            if base is not None and base.is_contiguous() and base.numel() == tensor.numel():
+            if base is None or not base.requires_grad:  # the base of a DTensor has no history
+                continue
+            if base.is_contiguous() and base.numel() == tensor.numel():
                 # An in-place operation on a view rewrites the view's history and keeps the base's.
                 geometry = (tensor.shape, tensor.stride())
                 nr = get_gradient_edge(base).output_nr

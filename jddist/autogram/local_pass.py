@@ -111,7 +111,7 @@ class LocalPass:
             ModifiedInputError: An input of a recorded call was changed in place.
         """
         self.samples, self.freed, self.direct = 0, False, frozenset()
-        self.lockstep.enter()
+        self.lockstep.enter({"shape of the objectives": list(output.shape)})
         graph = self._explore(output)
         if layout.num_rows == 0:
             return [None] * len(self.table.entries)
@@ -350,7 +350,8 @@ class LocalPass:
         self, direct: frozenset[int], wrong: frozenset[int], *, had_calls: bool
     ) -> None:
         if direct:
-            warn_direct([self._entry(i).name for i in sorted(direct)], had_calls=had_calls)
+            names = [self._entry(i).name for i in sorted(direct)]
+            warn_direct(names, had_calls=had_calls, in_parts=self.lockstep.active)
         if wrong:
             warn_wrong([self._entry(i).name for i in sorted(wrong)])
 

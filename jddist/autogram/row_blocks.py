@@ -43,6 +43,7 @@ def row_blocks(
         retain_graph: Whether to keep the graph after the last row.
     """
     objectives = layout.local.rows_of(output)
+    distribution.check_same_objectives([objectives])
     parameters = [entry.parameter for entry in table.trainable]
     identity = torch.eye(len(objectives), dtype=output.dtype, device=output.device)
     passes = [

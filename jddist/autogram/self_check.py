@@ -175,13 +175,13 @@ def draw_weights(output: Tensor, layout: OutputLayout) -> Tensor:
     return draw.to(device=output.device, dtype=output.dtype)
 
 
-def warn_direct(names: Sequence[str], *, had_calls: bool) -> None:
+def warn_direct(names: Sequence[str], *, had_calls: bool, in_parts: bool = False) -> None:
     """Says which parameters no usable call accounts for."""
-    reason = (
-        "are read without a batched call of their module that is still on record"
-        if had_calls
-        else "have no recorded call (create the Engine before the forward pass)"
-    )
+    reason = "have no recorded call (create the Engine before the forward pass)"
+    if had_calls:
+        reason = "are read without a batched call of their module that is still on record"
+        if in_parts:
+            reason += ", or by a module without a closed form around tensor-parallel layers"
     warnings.warn(
         f"The parameters {', '.join(names)} {reason}: their rows are computed by one backward pass "
         "per objective, which is exact but slow.",

@@ -15,7 +15,7 @@ from ._accumulate import add_grads, add_jacs, check_expects_gradients
 from ._arguments import as_tensors
 from ._context import default_inputs, task_placement
 from ._differentiate import check_chunk_size
-from ._on_shards import check_parameters, check_same_objectives, described, task_rows
+from ._on_shards import check_parameters, described, task_rows
 from ._tasks import check_disjoint, check_tasks_finite, starting_gradients
 
 
@@ -73,7 +73,7 @@ def mtl_on_shards(
     except Exception as failure:  # raised again on every rank, by the handshake
         error = failure
     infos = distribution.by_objectives(distribution.handshake("mtl_backward", agree, info, error))
-    check_same_objectives(losses, distribution)
+    distribution.check_same_objectives(losses)
     shares = shares_of_samples([i["count"] for i in infos], len(losses))
     mine = shares[distribution.group.rank]
     factor = distribution.backward_factor(placement)

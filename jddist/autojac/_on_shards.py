@@ -46,13 +46,6 @@ def described(parameters: Iterable[Parameter], distribution: ShardedColumns) -> 
     return f"{len(names)} with digest {digest}"
 
 
-def check_same_objectives(tensors: Sequence[Tensor], distribution: ShardedColumns) -> None:
-    """Raises LayoutMismatchError unless ranks that run in lockstep have the same objectives."""
-    named = {f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)}
-    coarsest = max((torch.finfo(t.dtype).eps for t in tensors), default=0.0)
-    distribution.lockstep.check_same(named, coarsest**0.5)
-
-
 def rows_of_elements(
     call: str,
     outputs: Sequence[Tensor],
@@ -95,7 +88,7 @@ def rows_of_elements(
     except Exception as failure:  # raised again on every rank, by the handshake
         error = failure
     infos = distribution.by_objectives(distribution.handshake(call, agree, info, error))
-    check_same_objectives(outputs, distribution)
+    distribution.check_same_objectives(outputs)
     factor = distribution.backward_factor(placement)
     nothing = [torch.zeros_like(o) for o in outputs]
     mine = [RowPass(outputs, start, factor, parameters) for start in _starts(outputs, cotangents)]

@@ -77,24 +77,28 @@ class Lockstep:
         except Exception as error:
             if not self._entered:
                 try:
-                    self._enter(error)
+                    self._enter({}, error)
                 except Exception:
                     pass  # here the first error counts
             raise
 
-    def enter(self) -> None:
+    def enter(self, agree: Mapping[str, Any]) -> None:
         """Begins a pass; all ranks have to.
 
+        Args:
+            agree: What has to be the same on all of them.
+
         Raises:
+            LayoutMismatchError: It is not.
             RankError: Another rank failed.
         """
         if not self._entered:
-            self._enter(None)
+            self._enter(agree, None)
 
-    def _enter(self, error: Exception | None) -> None:
+    def _enter(self, agree: Mapping[str, Any], error: Exception | None) -> None:
         self._entered = True
         try:
-            self._handshake("a pass over tensor-parallel layers", {}, {}, error)
+            self._handshake("a pass over tensor-parallel layers", agree, {}, error)
         except RankError as failure:
             message = "stopped, since another rank of its tensor-parallel group failed"
             raise RankError(message) from failure
@@ -122,7 +126,8 @@ class Lockstep:
         wrong = [
             name
             for name, of_ranks in zip(values, found, strict=True)
-            if bool(of_ranks.isfinite().all())
+            if of_ranks.numel()
+            and bool(of_ranks.isfinite().all())
             and bool((of_ranks - of_ranks[0]).abs().max() > tolerance * of_ranks.abs().max())
         ]
         if wrong:

@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 from torch.nn.parameter import Parameter
@@ -53,6 +54,19 @@ class ShardedColumns(Distribution, ABC):
     def check_takes_passes(self) -> None:
         """Raises ValueError unless rows can be told from gradients that wait for reduction."""
         return None  # nothing waits where nothing is reduced
+
+    def check_same_objectives(self, tensors: Sequence[Tensor]) -> None:
+        """Raises an error on every rank unless those in lockstep have the same objectives."""
+        if not self.lockstep.active:
+            return
+        error: Exception | None = None
+        named = {f"objectives {i}": tensor for i, tensor in enumerate(tensors)}
+        coarsest = max((torch.finfo(t.dtype).eps for t in tensors), default=0.0)
+        try:
+            self.lockstep.check_same(named, coarsest**0.5)
+        except Exception as failure:  # raised again on every rank, by the handshake
+            error = failure
+        self.handshake("the objectives of ranks in lockstep", {}, {}, error)
 
     @abstractmethod
     def rows(
