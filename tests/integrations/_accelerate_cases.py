@@ -50,6 +50,7 @@ def run(rank: int, world_size: int) -> dict[str, Any]:
     result: dict[str, Any] = {name: _train(rank, world_size, **c) for name, c in CASES.items()}
     result["bare root"] = _bare_root(rank, world_size)
     result["nan"] = _nan(rank, world_size)
+    result["scaler"], result["overflow"] = _scaler(rank, world_size)
     result["groups"] = _groups(rank, world_size)
     result["resumed"] = _resumed(rank, world_size)
     return result
@@ -98,6 +99,34 @@ def _train(
                 opt.zero_grad()
         result.append(parameters_of(network))
     return result
+
+
+def _scaler(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """Under a GradScaler, as Accelerate makes one for fp16, here in float64; and with overflow."""
+    accelerator = _accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    network = make_network()
+    model, opt = accelerator.prepare(network, OPTIMIZERS["sgd"](list(network.parameters())))
+    engine = Engine(model, batch_dim=0)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+
+    def step(factor: float = 1.0) -> Tensor:
+        losses = LOSSES["instance"](model(x), y) * factor
+        weights = backward(accelerator, engine, losses, UPGradWeighting())
+        opt.step()
+        opt.zero_grad()
+        return weights
+
+    trace = []
+    for _ in range(STEPS):
+        step()
+        trace.append(parameters_of(network))
+    weights = step(1e306 if rank == 1 else 1.0)
+    return trace, {
+        "weights": bool(weights.isnan().all()),
+        "skipped": torch.equal(parameters_of(network), trace[-1]) and opt.step_was_skipped,
+        "scale": accelerator.scaler.get_scale(),
+    }
 
 
 def _groups(rank: int, world_size: int) -> list[Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -84,6 +85,7 @@ def run(rank: int, world_size: int) -> dict[str, Any]:
         groups = Groups(rank, world_size, {"objective": "task", "kind": "uneven"})
         _fit_module(groups, "ddp")
         result["groups"] = groups.trace
+        result["scaler"], result["overflow"] = _scaler(rank, world_size)
         result["resumed"] = _resumed(rank, world_size)
     return result
 
@@ -139,13 +141,19 @@ class Module(LightningModule):
 
 
 def _trainer(
-    strategy: str, callback: JacobianDescent, *, bf16: bool = False, max_epochs: int = 1
+    strategy: str,
+    callback: JacobianDescent,
+    *,
+    bf16: bool = False,
+    max_epochs: int = 1,
+    plugins: list[MixedPrecision] | None = None,
 ) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=torch.distributed.get_world_size(),
         strategy=STRATEGIES[strategy](),
-        precision="bf16-mixed" if bf16 else "32-true",
+        precision=None if plugins else "bf16-mixed" if bf16 else "32-true",
+        plugins=plugins,
         max_epochs=max_epochs,
         use_distributed_sampler=False,
         callbacks=[callback],
@@ -223,6 +231,45 @@ class Groups(Module):
         task_step(self.network, self.network, *self.parts[0])
         optimizer.step()
         self.trace.append(parameters_of(self.network))
+
+
+class Exact(MixedPrecision):
+    """A GradScaler without narrow numbers, so that only the scaler is looked at."""
+
+    def __init__(self) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        super().__init__("16-mixed", "cpu", scaler)
+
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast("cpu", enabled=False)
+
+
+class Overflows(Module):
+    """After its steps another one, in which one rank's losses are too large."""
+
+    factor = 1.0
+
+    def on_train_batch_start(self, batch: int, index: int) -> None:
+        if index == STEPS and self.trainer.global_rank == 1:
+            self.factor = 1e306
+
+    def step(self, losses: Tensor, samples: int) -> None:
+        self.weights = backward(self, losses * self.factor)
+
+
+def _scaler(rank: int, world_size: int) -> tuple[list[Tensor], dict[str, Any]]:
+    module = Overflows(rank, world_size, {"objective": "instance", "kind": "uneven"})
+    callback, precision = JacobianDescent(UPGradWeighting(), batch_dim=0), Exact()
+    trainer = _trainer("ddp", callback, plugins=[precision])
+    loader = DataLoader(list(range(STEPS + 1)), batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, loader)
+    *trace, last = module.trace
+    assert precision.scaler is not None
+    return trace, {
+        "weights": bool(module.weights.isnan().all()),
+        "skipped": torch.equal(last, trace[-1]),
+        "scale": precision.scaler.get_scale(),
+    }
 
 
 def _resumed(rank: int, world_size: int) -> dict[str, list[Tensor]]:

@@ -74,6 +74,15 @@ def test_nan_is_never_silent(world_size: int, results: dict[int, list[Any]]) -> 
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
+def test_a_grad_scaler_sees_overflow_on_every_rank(
+    world_size: int, results: dict[int, list[Any]]
+) -> None:
+    check([rank["scaler"] for rank in results[world_size]], reference("instance"))
+    for found in (rank["overflow"] for rank in results[world_size]):
+        assert found["weights"] and found["skipped"] and found["scale"] == 2.0**9
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_groups_of_explicit_jacobians(world_size: int, results: dict[int, list[Any]]) -> None:
     """``mtl_backward`` and ``jac_to_grad_groups``, after ``attach`` of the prepared model."""
     check([rank["groups"] for rank in results[world_size]], task_reference())

@@ -100,6 +100,15 @@ def test_what_does_not_fit_is_refused(world_size: int, results: dict[int, list[A
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
+def test_a_grad_scaler_sees_overflow_on_every_rank(
+    world_size: int, results: dict[int, list[Any]]
+) -> None:
+    check([rank["scaler"] for rank in results[world_size]], _expected("ddp unused"))
+    for found in (rank["overflow"] for rank in results[world_size]):
+        assert found["weights"] and found["skipped"] and found["scale"] == 2.0**9
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_groups_of_explicit_jacobians(world_size: int, results: dict[int, list[Any]]) -> None:
     """``mtl_backward`` and ``jac_to_grad_groups`` reduce by themselves, whatever DDP expects."""
     check([rank["groups"] for rank in results[world_size]], task_reference())
