@@ -1,7 +1,7 @@
-"""What works with which wrapper, with the tests that show it; ``python -m tests.support`` prints it.
+"""What works with which wrapper, with the tests that show it.
 
-The README has this table, and ``tests/unit/test_support.py`` checks that it does, and that every
-test that is named here exists.
+The README has this table, which ``python -m tests.support`` prints. ``tests/unit/test_support.py``
+checks that it does, and that every test that is named here exists.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _RESUME = (
 )
 _DEEPSPEED = "distributed/test_deepspeed.py::test_two_ranks_take_the_step_of_one_process"
 _TASKS = "distributed/test_deepspeed_tasks.py::test_two_ranks_take_the_step_of_one_process"
+_TRAPS = "distributed/test_deepspeed_traps.py::"
 _ACCELERATE = "integrations/test_accelerate.py::"
 _PLUGIN = (
     "integrations/test_accelerate_deepspeed.py::test_every_stage_takes_the_step_of_one_process"
@@ -83,7 +84,14 @@ ROWS = (
     ),
     Row(
         "DeepSpeed, ZeRO 0 to 3",
-        (_DEEPSPEED, _TASKS, _TASKS, _DEEPSPEED, _UNTRIED, _UNTRIED),
+        (
+            _DEEPSPEED,
+            _TASKS,
+            _TASKS,
+            _DEEPSPEED,
+            _TRAPS + "test_bfloat16_steps_are_near_those_in_float64",
+            _TRAPS + "test_a_checkpoint_resumes_with_the_state_of_the_weighting",
+        ),
     ),
     Row(
         "Accelerate, DDP",
