@@ -24,11 +24,12 @@ extensions = [
     "_public_names",
 ]
 exclude_patterns = ["_build", *pages_without_module()]
+default_role = "code"  # `name` in docstrings
 html_theme = "furo"
 html_title = "jddist"
 html_copy_source = False
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "description"

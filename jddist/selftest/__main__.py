@@ -16,7 +16,7 @@ from .report import as_json, succeeded, table
 from .runner import Progress, finish, run
 from .training import training_checks
 from .watchdog import EXIT_CODE, Watchdog
-from .wrappers import WRAPPERS
+from .wrappers import DEFAULT, WRAPPERS
 
 _DESCRIPTION = f"""
 Checks this machine, or this cluster, and its backend: the collectives that jddist uses, and the
@@ -43,8 +43,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--wrappers",
         nargs="+",
         choices=list(WRAPPERS),
-        default=list(WRAPPERS),
-        help="(default: all; what is not installed is skipped)",
+        default=list(DEFAULT),
+        help=f"(default: {' '.join(DEFAULT)}; what is not installed is skipped)",
     )
     parser.add_argument(
         "--alone", action="store_true", help="check this process, whatever torchrun has set"

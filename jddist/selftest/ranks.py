@@ -85,7 +85,8 @@ def join(backend: str | None, device: str | None, timeout: float, *, alone: bool
     local_size = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", str(local_rank + 1)))
     backend = backend or _default_backend(device, local_size)
     found = _device(backend, device, local_rank)
-    limit = timedelta(seconds=timeout)
+    # Half of it: a store that finds nobody tries twice.
+    limit = timedelta(seconds=timeout / 2)
     try:
         if alone:
             store: dist.Store = dist.HashStore()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,9 +26,9 @@ from tests._ranks import run_ranks
 ROOT = Path(__file__).parents[2]
 
 
-def _torchrun(ranks: int) -> subprocess.CompletedProcess[str]:
+def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "-m", "jddist.selftest"]
+    command += ["--nproc-per-node", str(ranks), "-m", "jddist.selftest", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env["PYTHONPATH"] = str(ROOT)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
@@ -41,6 +42,18 @@ def test_four_ranks_print_a_table() -> None:
     assert "ok: " in result.stdout and "FAILED" not in result.stdout
     for line in ("uneven all-to-all", "ddp: per sample", "fully_shard: per task by rows, MoCo"):
         assert f"\n{line}" in result.stdout
+
+
+@pytest.mark.slow
+def test_deepspeed() -> None:
+    for package in ("deepspeed", "jddist.integrations.deepspeed"):
+        pytest.importorskip(package, exc_type=ImportError)
+    result = _torchrun(2, "--json", "--wrappers", "deepspeed")
+    assert result.returncode == 0, result.stderr[-4000:]
+    checks = json.loads(result.stdout)["checks"]
+    trained = [check for check in checks if check["name"].startswith("deepspeed: ")]
+    assert len(trained) == 3
+    assert all(0 < c["error"] <= c["tolerance"] == 1e-5 for c in trained)
 
 
 def _ranks(rank: int, world_size: int) -> Ranks:
