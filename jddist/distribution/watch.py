@@ -23,7 +23,8 @@ from .processes import Identity
 
 BEAT = 1.0  # seconds between signs of life
 ALIVE, WAITS, RAISED, LEFT = "alive", "waits", "raised", "left"
-_KEY = "jddist/rank/"
+# The attempts of torchrun --max-restarts may share a store.
+_KEY = f"jddist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/rank/"
 # One server takes some 1e5 messages a second; all ranks together send a tenth of that at most.
 _PER_RANK = 1e-4
 # A file only grows: after so many messages it gets signs of life alone.
