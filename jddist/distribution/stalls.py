@@ -18,7 +18,7 @@ from jddist.errors import JddistError, StalledRankError
 
 from .watch import ALIVE, BEAT, LEFT, RAISED, WAITS, Report, Watch
 
-# How long to look for signs of life.
+# How long to look for signs of life from other machines.
 _PATIENCE = 3 * BEAT
 # In its log a rank says who lags when it has been in one stage for this part of the timeout.
 _LOGGED = 0.8
@@ -114,9 +114,9 @@ def _explained(ranks: Sequence[int], error: BaseException) -> str:
 def _found(watch: Watch, ranks: Sequence[int]) -> str:
     """In words, whom this rank waits for."""
     others = [rank for rank in ranks if rank != watch.rank]
-    first = watch.read(others)
-    deadline = time.monotonic() + _PATIENCE
-    reports = first
+    first = reports = watch.read(others)
+    near = all(report.identity.look() != "unknown" for report in first.values())
+    deadline = time.monotonic() + (BEAT if near else _PATIENCE)
     while not watch.lost:
         culprits = _culprits(reports, {})
         if culprits or time.monotonic() > deadline:
@@ -138,7 +138,9 @@ def _found(watch: Watch, ranks: Sequence[int]) -> str:
 def _culprits(reports: dict[int, Report], before: dict[int, Report]) -> list[str]:
     """The ranks that ended, stopped, or gave no sign since ``before``."""
     found = []
+    in_ = "in" if _watch is None or not _watch.lost else "last seen in"
     for report in reports.values():
+        where = f"{in_} {report.place}"
         now = report.identity.look()
         age = f"for {time.time() - report.since:.0f} s"
         earlier = before.get(report.rank)
@@ -150,12 +152,10 @@ def _culprits(reports: dict[int, Report], before: dict[int, Report]) -> list[str
             continue  # for the same rank as this one
         elif now == "dead":
             pid = report.identity.pid
-            found.append(f"rank {report.rank} dead (process {pid} has ended) in {report.place}")
+            found.append(f"rank {report.rank} dead (process {pid} has ended) {where}")
         elif now == "stopped":
             pid = report.identity.pid
-            found.append(
-                f"rank {report.rank} stopped (process {pid} is suspended) in {report.place}, {age}"
-            )
+            found.append(f"rank {report.rank} stopped (process {pid} is suspended) {where}, {age}")
         elif now == "unknown" and earlier is not None and earlier.beat == report.beat:
             found.append(f"rank {report.rank} without a sign of life, last in {report.place}")
     return found

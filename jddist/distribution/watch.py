@@ -23,9 +23,13 @@ from .processes import Identity
 
 BEAT = 1.0  # seconds between signs of life
 ALIVE, WAITS, RAISED, LEFT = "alive", "waits", "raised", "left"
-_KEY = "jddist/rank/"
+# The attempts of torchrun --max-restarts may share a store.
+_KEY = f"jddist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/rank/"
 # One server takes some 1e5 messages a second; all ranks together send a tenth of that at most.
 _PER_RANK = 1e-4
+# The first messages go out at once; then there is some time between them, as in steps that take
+# milliseconds they would count.
+_FIRST, _PAUSE = 200, 2e-3
 # A file only grows: after so many messages it gets signs of life alone.
 _MANY = 10_000
 
@@ -77,7 +81,7 @@ class Watch:
         self._lock = threading.Lock()
         self._beat, self._written = 0, 0.0
         self._status, self._message = ALIVE, ""
-        self._interval = _PER_RANK * dist.get_world_size()
+        self._size = dist.get_world_size()
         self._in_file = isinstance(_innermost(store), dist.FileStore)
         self._every_beat = every_beat
         self._stopped = threading.Event()
@@ -93,7 +97,10 @@ class Watch:
     def publish(self, *, force: bool = False) -> None:
         """Writes this rank's report, unless the last one is too recent."""
         now = time.monotonic()
-        interval = BEAT if self._in_file and self._beat > _MANY else self._interval
+        interval = 0.0
+        if self._beat > _FIRST:
+            many = self._in_file and self._beat > _MANY
+            interval = BEAT if many else max(_PER_RANK * self._size, _PAUSE)
         if self.lost or (not force and now - self._written < interval):
             return
         # Never wait here: what is not written now, the thread writes within a second.
@@ -156,7 +163,9 @@ class Watch:
         return Report(rank, beat, step, stage, since, status, message, Identity(*process))
 
     def _run(self) -> None:
-        while not self._stopped.wait(BEAT) and not self.lost:
+        beat = BEAT / 20  # soon at first, so that nobody is unknown for long
+        while not self._stopped.wait(beat) and not self.lost:
+            beat = min(2 * beat, BEAT)
             if self.first_holds_store and self.rank != 0:
                 # Where it was, once it is gone and the store with it.
                 try:

@@ -118,7 +118,10 @@ def _kill_and_check(folder: Path, kills: int, epochs: int, expected: torch.Tenso
         assert launcher.wait(300) == 0, log.read_text()[-4000:]
     step, parameters = _parameters(folder)
     assert step == last
-    assert torch.equal(parameters, expected)
+    # Not bit by bit: a projector starts its iterations where the last ones ended.
+    error = float((parameters - expected).abs().max())
+    assert error <= 1e-12, error
+    print(f"the parameters differ by {error:.1e}")
 
 
 def test_sigterm_then_kills_end_where_an_undisturbed_run_ends(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +17,7 @@ from tests.distributed._sharded import make_mesh, make_tied, shard
 from tests.distributed._training import LOSSES, local_part, make_data, make_network, wrap
 from tests.faults._survivors import Outcome, fault, run_to_the_end
 
-TIMEOUT = 4.0
+TIMEOUT = 5.0
 STEP = 2
 STAGES = ("forward", "handshake", "exchange", "weighting", "broadcast", "backward")
 WORLD = 3
@@ -26,7 +28,15 @@ def _losses(model: torch.nn.Module, rank: int, world_size: int) -> Tensor:
     return LOSSES["instance"](model(x), y)
 
 
-def _train(rank: int, world_size: int, kind: str, stage: str, culprit: int, form: str) -> None:
+def _train(
+    rank: int,
+    world_size: int,
+    kind: str,
+    stage: str,
+    culprit: int,
+    form: str,
+    pause: float = 0.0,
+) -> None:
     """Steps, of which one goes wrong on one rank as soon as it has entered the stage."""
     if form == "fully_shard":
         model = make_tied()
@@ -46,6 +56,7 @@ def _train(rank: int, world_size: int, kind: str, stage: str, culprit: int, form
 
     progress.listener = listener
     for _ in range(STEP + 3):
+        time.sleep(pause)
         optimizer.zero_grad()
         losses = _losses(model, rank, world_size)
         if form == "bare":
@@ -89,13 +100,14 @@ def _culprit(stage: str) -> int:
 
 
 DEFAULT = [
-    *(("dies", stage, "book-keeping") for stage in STAGES),
-    ("hangs", "forward", "book-keeping"),
-    ("hangs", "backward", "reducer"),
+    ("dies", "forward", "book-keeping"),
+    ("dies", "exchange", "book-keeping"),
+    ("dies", "weighting", "reducer"),
+    ("hangs", "handshake", "book-keeping"),
     ("hangs", "backward", "bare"),
+    ("hangs", "backward", "reducer"),
     ("raises", "forward", "fully_shard"),
-    ("raises", "exchange", "reducer"),
-    ("leaves", "forward", "book-keeping"),
+    ("raises", "broadcast", "book-keeping"),
 ]
 ALL = [
     (kind, stage, form)
@@ -112,7 +124,7 @@ def _run(case: tuple[str, str, str]) -> list[Outcome]:
 
 def _run_all(cases: list[tuple[str, str, str]]) -> None:
     # Most of the time they wait.
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for case, outcomes in zip(cases, pool.map(_run, cases), strict=True):
             try:
                 _check(outcomes, *case)
@@ -123,6 +135,33 @@ def _run_all(cases: list[tuple[str, str, str]]) -> None:
 
 def test_every_survivor_names_the_rank_and_its_stage() -> None:
     _run_all(DEFAULT)
+
+
+@pytest.mark.parametrize("kind", ["dies", "hangs"])
+def test_the_rank_that_holds_the_store(kind: str) -> None:
+    """It takes all reports with it; what was last read of its own is left."""
+    arguments = (kind, "exchange", 0, "book-keeping", 0.4)
+    outcomes = run_to_the_end(_train, WORLD, *arguments, timeout=TIMEOUT, store="tcp")
+    assert outcomes[0].kind == "killed"
+    for outcome in outcomes[1:]:
+        assert outcome.kind == "StalledRankError", outcome
+        word = {"dies": "dead", "hangs": "stopped"}[kind]
+        assert f"rank 0 {word}" in outcome.message, outcome
+        assert "last seen in step " in outcome.message, outcome
+
+
+def test_a_rank_that_lives_and_lags() -> None:
+    """It sleeps in its forward; the others say so in their logs before they give up."""
+    outcomes = run_to_the_end(
+        _train, WORLD, "sleeps", "forward", 1, "book-keeping", timeout=TIMEOUT
+    )
+    for rank in (0, 2):
+        outcome = outcomes[rank]
+        assert outcome.kind == "StalledRankError", outcome
+        assert f"rank 1 still in step {STEP}, forward, for " in outcome.message, outcome
+        waited = rf"rank {rank} has been in step {STEP}, handshake, for \d s"
+        assert re.search(waited, outcome.log), outcome
+        assert f"Found rank 1 still in step {STEP}, forward" in outcome.log, outcome
 
 
 @pytest.mark.slow
