@@ -25,6 +25,9 @@ def relaunch(script: str, args: Namespace) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(count), script, *options]
         command += ["--out", str(Path(args.out) / f"ranks-{count}")]
+        if args.monitoring:
+            folder = str(Path(args.monitoring) / f"ranks-{count}")
+            command += ["--monitoring", folder, "--monitoring-every", str(args.monitoring_every)]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         subprocess.run(command, check=True, env=environment)
     compare(Path(args.out), counts)
