@@ -24,6 +24,9 @@ def relaunch(script: str, args: Namespace) -> None:
         own = ["--out", str(Path(args.out) / f"ranks-{count}")]
         if args.checkpoint_dir:
             own += ["--checkpoint-dir", str(Path(args.checkpoint_dir) / f"ranks-{count}")]
+        if args.monitoring:
+            own += ["--monitoring", str(Path(args.monitoring) / f"ranks-{count}")]
+            own += ["--monitoring-every", str(args.monitoring_every)]
         torchrun(script, count, [*options, *own])
     compare(Path(args.out), counts)
 

@@ -18,6 +18,8 @@ when the same command is given again after a SIGTERM, as if there had been no in
 
     torchrun --standalone --nproc-per-node 2 examples/digits.py    # one number of ranks
     python examples/digits.py --nproc 4                            # 1, 2 and 4 ranks, one table
+    python examples/digits.py --method upgrad --monitoring runs/monitor
+    python -m jddist.monitoring report runs/monitor                # what its steps were made of
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from jddist.autogram import Engine
 from jddist.checkpoint import StopSignals
 from jddist.distribution import Local
 from jddist.linalg import AutomaticProjector
+from jddist.monitoring import Recorder
 
 METHODS = ("mean", "upgrad", "local-upgrad")
 LEARNING_RATES = (0.2, 0.4, 0.8, 1.6)
@@ -78,12 +81,16 @@ def make_network(seed: int, ranks: Ranks) -> nn.Module:
     return network if ranks.size == 1 else DistributedDataParallel(network)
 
 
-def make_step(method: str, network: nn.Module, ranks: Ranks) -> Callable[[Tensor, int], None]:
+def make_step(
+    method: str, network: nn.Module, ranks: Ranks, recorder: Recorder | None = None
+) -> Callable[[Tensor, int], None]:
     """How a method turns this rank's losses, of a batch of some size, into ``.grad``."""
     # norm_eps=0: by default UPGrad turns into the mean when gradients become small.
     weighting = UPGradWeighting(projector=AutomaticProjector(norm_eps=0.0))
     if method == "upgrad":
         engine = Engine(network, batch_dim=0)
+        if recorder is not None:
+            recorder.watch(engine)
 
         def step(losses: Tensor, batch_size: int) -> None:
             engine.backward(losses, weighting)
@@ -108,7 +115,10 @@ def train(
 ) -> list[Epoch]:
     """Trains one network, or what is left to train of it; the measurements after each epoch."""
     network = make_network(seed, ranks)
-    step = make_step(method, network, ranks)
+    recorder = None
+    if args.monitoring and method == "upgrad" and seed == 0:
+        recorder = Recorder(args.monitoring, every=args.monitoring_every)
+    step = make_step(method, network, ranks, recorder)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     criterion = nn.CrossEntropyLoss(reduction="none")
     shuffle = torch.Generator().manual_seed(seed)
@@ -150,6 +160,8 @@ def train(
         position.batches, position.seconds = 0, 0.0
     if done < args.epochs:
         keeper.finish(position)
+    if recorder is not None:
+        recorder.close()
     return position.epochs[: args.epochs]
 
 
@@ -212,6 +224,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--checkpoint-every", type=int, default=32, metavar="STEPS", help="steps between them"
     )
     parser.add_argument("--out", default="runs/digits", help="where results go")
+    # (--monitor would be taken for an option of torchrun.)
+    parser.add_argument("--monitoring", metavar="DIR", help="record upgrad's first seed there")
+    parser.add_argument(
+        "--monitoring-every", type=int, default=10, help="record one of so many steps"
+    )
     parser.add_argument("--smoke", action="store_true", help="one seed, one epoch, one rate")
     args = parser.parse_args(arguments)
     args.stop = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .statistics import Array, Statistics
+from .statistics import Array, Statistics, below_diagonal, pairs_of
 
 # Of many objectives, these quantiles are recorded.
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -41,13 +41,16 @@ class Spread:
     @staticmethod
     def of(values: Array, *, histogram: bool = False) -> Spread:
         """The distribution of some numbers."""
-        values = values[~np.isnan(values)]
-        if not len(values):
-            return Spread(np.full(len(QUANTILES), np.nan), np.zeros(BINS) if histogram else None)
+        values = np.sort(values[~np.isnan(values)])
         counts = None
         if histogram:
-            counts = np.histogram(values, BINS, (-1.0, 1.0))[0].astype(float)
-        return Spread(np.quantile(values, QUANTILES), counts)
+            parts = np.minimum(((values + 1.0) * (0.5 * BINS)).astype(np.intp), BINS - 1)
+            counts = np.bincount(parts, minlength=BINS).astype(np.float64)
+        if not len(values):
+            return Spread(np.full(len(QUANTILES), np.nan), counts)
+        # As np.quantile does it, which takes ten times as long on few numbers.
+        places = np.array(QUANTILES) * (len(values) - 1)
+        return Spread(np.interp(places, np.arange(len(values)), values), counts)
 
 
 Numbers = Array | Spread
@@ -97,8 +100,7 @@ class Summary:
 
         cosines: Numbers = statistics.cosines
         if not each:
-            pairs = statistics.cosines[np.tril_indices(len(statistics.cosines), -1)]
-            cosines = Spread.of(pairs, histogram=True)
+            cosines = Spread.of(pairs_of(statistics.cosines), histogram=True)
         return Summary(
             name,
             len(statistics.norms),
@@ -120,7 +122,7 @@ class Summary:
         """As JSON values; cosines of each pair are rounded to six digits."""
         cosines = self.cosines
         if isinstance(cosines, np.ndarray):
-            cosines = cosines[np.tril_indices(len(cosines), -1)].round(6)
+            cosines = pairs_of(cosines).round(6)
         values = {
             "name": self.name,
             "objectives": self.objectives,
@@ -323,7 +325,7 @@ def _array(values: Sequence[float | None]) -> Array:
 
 def _from_triangle(triangle: Array, m: int) -> Array:
     cosines = np.eye(m)
-    below = np.tril_indices(m, -1)
+    below = below_diagonal(m)
     cosines[below] = triangle
     cosines.T[below] = triangle
     return cosines

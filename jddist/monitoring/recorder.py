@@ -125,11 +125,12 @@ class Recorder(Observer):
         self._sinks = [s if isinstance(s, Sink) else Function(s) for s in sinks]
         if run_dir is not None:
             self._sinks.insert(0, JsonLines(Path(run_dir) / FILE_NAME))
-        self._method = ""
+        self._weightings: Sequence[object] = ()
         self._watching: Watching | None = None
         self._complained: set[object] = set()
         self._first_step: int | None = None  # of this session; None: after the last one on record
         self._steps = 0  # of this session
+        self._here: bool | None = None  # whether this rank writes
         self._begun = 0  # calls, of this session: the same on every rank
         self._open = False
         self._begun_sinks: list[Sink] = []
@@ -230,10 +231,11 @@ class Recorder(Observer):
         self._begun += 1
         if self._open:  # the previous call raised
             self._seconds = {}
-        self._open = True
-        self._recording = self._writes() and (self._due <= 0 or self.wants_layers())
-        self._sent_before = bytes_sent()
-        self._began_at = self._clock()
+        here, self._open = self._writes(), True
+        self._recording = here and (self._due <= 0 or self.wants_layers())
+        if self._recording:
+            self._sent_before = bytes_sent()
+            self._began_at = self._clock()
 
     @_guarded
     def gramian_known(self) -> None:
@@ -245,7 +247,7 @@ class Recorder(Observer):
         if not self._writes():
             return
         self._projectors.before(weightings)
-        self._method = ", ".join(dict.fromkeys(map(_name_of, weightings)))
+        self._weightings = weightings
         self._weighs_at = self._clock()
 
     @_guarded
@@ -260,11 +262,12 @@ class Recorder(Observer):
 
     @_guarded
     def ends(self, step: StepRecord) -> None:
-        recording, self._recording, self._open = self._recording, False, False
+        recording, self._recording = self._recording, False
+        here, self._open = self._writes(), False
         number = self._number_of_step()
         self._steps += 1
         self._due -= 1
-        if not self._writes():
+        if not here:
             return
         self._add({"steps": 1})
         if recording or number == self._first_step:  # from the first step on, records or not
@@ -324,7 +327,7 @@ class Recorder(Observer):
             time.time(),
             self.names,
             self.every,
-            self._method,
+            ", ".join(dict.fromkeys(map(_name_of, self._weightings))),
             num_ranks,
         )
         for sink in waiting:
@@ -340,9 +343,10 @@ class Recorder(Observer):
         return self.step
 
     def _writes(self) -> bool:
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_rank() == self._rank
-        return True
+        if self._here is None:
+            started = dist.is_available() and dist.is_initialized()
+            self._here = not started or dist.get_rank() == self._rank
+        return self._here
 
     def _clock(self, wait: bool | None = None) -> float:
         """Seconds; once the device is done, if this step is recorded."""

@@ -44,7 +44,7 @@ class Run:
         file = Path(path)
         if file.is_dir():
             file /= FILE_NAME
-        if not file.exists():
+        if not file.is_file():
             raise FileNotFoundError(
                 f"Found no {file}; expected the records of a run. Pass the folder that was given "
                 "to jddist.monitoring.Recorder."

@@ -72,7 +72,7 @@ class JsonLines(Sink):
     def last_step(self) -> int:
         """The last step in the file, -1 if there is none."""
         last = -1
-        for line in read_lines(self.path)[0] if self.path.exists() else ():
+        for line in read_lines(self.path)[0] if self.path.is_file() else ():
             if line["kind"] in ("step", "end"):
                 last = int(line["step"])
             elif line["kind"] == "session":  # it took back what came later
@@ -81,7 +81,7 @@ class JsonLines(Sink):
 
     def begin(self, session: Session) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and self.path.stat().st_size:
+        if self.path.is_file() and self.path.stat().st_size:
             with self.path.open("rb") as file:
                 file.seek(-1, os.SEEK_END)
                 self._broken = file.read(1) != b"\n"
@@ -97,8 +97,11 @@ class JsonLines(Sink):
         line = json.dumps({"kind": kind, **values}, allow_nan=False) + "\n"
         content = (("\n" if self._broken else "") + line).encode()
         self._broken = True  # until all of it is written
-        with self.path.open("ab", buffering=0) as file:
-            written = file.write(content)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            written = os.write(file, content)
+        finally:
+            os.close(file)
         if written != len(content):
             raise OSError(f"Only {written} of {len(content)} bytes could be written to {self.path}")
         self._broken = False

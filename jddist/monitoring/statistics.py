@@ -8,6 +8,7 @@ everything here follows from what rank 0 has anyway.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -77,7 +78,7 @@ def statistics_of(
     length = np.nan if update_norm is None else update_norm
     cosines = _cosines(gramian, norms)
     with np.errstate(divide="ignore", invalid="ignore"):
-        pairs = cosines[np.tril_indices(len(cosines), -1)]
+        pairs = pairs_of(cosines)
         imbalance = norms.max() / norms.min() if m else np.nan
         update_cosines = None if progress is None else np.clip(progress / norms / length, -1, 1)
         along_mean = np.nan if progress is None or not m else progress.mean() / mean_norm / length
@@ -96,6 +97,17 @@ def statistics_of(
         update_conflict_rate=worse,
         update_mean_cosine=float(np.clip(along_mean, -1, 1)),
     )
+
+
+@lru_cache(maxsize=4)
+def below_diagonal(m: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The indices of a matrix [m, m] below its diagonal, row by row."""
+    return np.tril_indices(m, -1)
+
+
+def pairs_of(matrix: Array) -> Array:
+    """The entries below the diagonal: one for each pair."""
+    return matrix[below_diagonal(len(matrix))]
 
 
 def _cosines(gramian: Array, norms: Array) -> Array:

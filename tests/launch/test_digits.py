@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from jddist.monitoring import Run
+
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -34,7 +36,12 @@ def _metrics(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_smoke(ranks: int | None, tmp_path: Path) -> None:
-    printed = _digits(["--smoke", "--out", str(tmp_path)], ranks)
+    monitor = ["--monitoring", str(tmp_path / "monitor"), "--monitoring-every", "8"]
+    printed = _digits(["--smoke", "--out", str(tmp_path), *monitor], ranks)
+    run = Run.read(tmp_path / "monitor")
+    assert [record.step for record in run.records] == [0, 8, 16, 24]  # of an epoch of 32
+    assert run.counts["steps"] == 32 and run.records[-1].groups[0].objectives == 32
+    assert run.sessions[0].num_ranks == (ranks or 1)
     metrics = _metrics(tmp_path)
     assert [m["method"] for m in metrics] == ["mean", "upgrad", "local-upgrad"]
     for record in metrics:

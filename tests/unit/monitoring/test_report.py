@@ -20,6 +20,7 @@ from jddist import attach, grouping  # noqa: E402
 from jddist.aggregation import Flattening, UPGrad, UPGradWeighting  # noqa: E402
 from jddist.autogram import Engine  # noqa: E402
 from jddist.autojac import backward, jac_to_grad_groups  # noqa: E402
+from jddist.linalg import AutomaticProjector  # noqa: E402
 from jddist.monitoring import Recorder, Run, plots  # noqa: E402
 from jddist.monitoring.__main__ import main  # noqa: E402
 from jddist.monitoring.report import as_html  # noqa: E402
@@ -139,7 +140,7 @@ def test_a_run_on_groups(count: int, tmp_path: Path) -> None:
     model = torch.nn.Sequential(*layers).double()
     attach(model)
     groups = grouping.per_layer(model)
-    aggregators = [UPGrad() for _ in groups]
+    aggregators = [UPGrad(projector=AutomaticProjector(norm_eps=0.0)) for _ in groups]
     recorder = Recorder(tmp_path, every=1)
     recorder.watch(*aggregators)
     for step in range(3):
