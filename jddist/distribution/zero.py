@@ -8,10 +8,11 @@ optimizer by one backward of a linear function of the parameters.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ class Zero(Distribution):
         if self.public_only and self.stage == 3:
             raise _needs_internals("ZeRO-3")
         super().__init__(Group(dist.group.WORLD), objectives)
-        warn_if_clipping_is_unset(engine)
+        with contextlib.suppress(UnsupportedModelError) if self.public_only else nullcontext():
+            warn_if_clipping_is_unset(engine)
         self._hooks = SecondForward(engine) if self.public_only else Internals(engine)
         self._waiting: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._backward_at: int | None = None
@@ -149,11 +151,11 @@ class Zero(Distribution):
             retain_graph=retain_graph,
             scale_wrt_gas=self._divides_by_steps,
         )
-        if self.stage > 0 and isinstance(self._hooks, Internals) and not self._hooks.noticed:
+        if self.stage == 3 and isinstance(self._hooks, Internals) and not self._hooks.noticed:
             raise UnsupportedModelError(
-                "Found losses that do not depend on an output of the DeepSpeed engine, which then "
-                "does not reduce their gradients; expected losses of model_engine(inputs). Do not "
-                "call model_engine.module(inputs)."
+                "Found losses that do not depend on an output of the DeepSpeed engine, of which "
+                "ZeRO-3 keeps the last micro-step alone; expected losses of model_engine(inputs). "
+                "Do not call model_engine.module(inputs)."
             )
 
     @contextmanager
@@ -212,7 +214,7 @@ class Zero(Distribution):
         """Told before a backward that is not jddist's."""
         if self._waiting:
             self._check_first_in_step()
-        self._backward_at = self.engine.micro_steps
+        self._note_backward()
 
     def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
         """A micro-step that is skipped counts as one with a gradient of zero."""
@@ -224,12 +226,17 @@ class Zero(Distribution):
             self.keep_gradient(parameter, zeros)
 
     def _original_backward(self, loss: Tensor, **options: Any) -> None:
-        self._backward_at = self.engine.micro_steps
+        self._note_backward()
         self.methods.original["backward"](loss, **options)
 
-    def _check_no_backward_yet(self) -> None:
+    def _note_backward(self) -> None:
+        # What is not at a boundary accumulates, also where the user says so and steps only then.
         engine = self.engine
-        if self._backward_at != engine.micro_steps or engine.inside_no_sync_ctxt:
+        if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
+            self._backward_at = engine.micro_steps
+
+    def _check_no_backward_yet(self) -> None:
+        if self._backward_at != self.engine.micro_steps:
             return
         raise RuntimeError(
             "Found another backward of the same micro-step; expected one, since DeepSpeed's stages "

@@ -79,6 +79,60 @@ def _second_backward(rank: int) -> list[str]:
     return found
 
 
+def _boundaries_by_hand(rank: int) -> list[list[Tensor]]:
+    """Micro-steps that DeepSpeed counts, and those of a user who steps only at the boundary."""
+    found = []
+    for stage in STAGES:
+        results = []
+        for by_hand in (False, True):
+            engine, attached = _attached(stage, steps=2)
+            for step in range(4):
+                if by_hand:
+                    engine.set_gradient_accumulation_boundary(step % 2 == 1)
+                engine.backward(_losses(engine, rank, roll=step))
+                if not by_hand or step % 2 == 1:
+                    engine.step()
+            results.append(whole_parameters(engine))
+            attached.detach()
+        found.append(results)
+    return found
+
+
+def _one_by_one(rank: int) -> list[list[Tensor]]:
+    """The engine's backward, and Gramian, weights and ``losses.backward`` one after the other."""
+    found = []
+    for stage in (1, 2, 3):
+        results = []
+        for at_once in (True, False):
+            model_engine = make_engine(make_network().float(), stage, steps=2)
+            engine = Engine(model_engine, batch_dim=0)
+            for step in range(2):
+                losses = _losses(model_engine, rank, roll=step)
+                if at_once:
+                    engine.backward(losses, UPGradWeighting())
+                else:
+                    weights = engine.compute_weights(
+                        engine.compute_gramian(losses), UPGradWeighting()
+                    )
+                    losses.backward(engine.local_weights(weights))
+                model_engine.step()
+            results.append(whole_parameters(model_engine))
+            engine.distribution.detach()
+        found.append(results)
+    return found
+
+
+def _verified(rank: int) -> list[float]:
+    found = []
+    for stage in STAGES:
+        engine, attached = _attached(stage)
+        errors = jddist.verify(engine, lambda e=engine: _losses(e, rank), batch_dim=0)
+        assert len(errors) == 4, errors
+        found.append(max(errors.values()))
+        attached.detach()
+    return found
+
+
 def _gradients_that_wait(rank: int) -> list[str]:
     engine, attached = _attached(2)
     jddist.attach(engine, objectives=Shard(0))
@@ -94,12 +148,13 @@ def _gradients_that_wait(rank: int) -> list[str]:
 
 def _inner_module(rank: int) -> list[str]:
     found = []
-    for stage in (1, 2, 3):
-        engine, _ = _attached(stage)
+    for stage in STAGES:
+        engine, attached = _attached(stage)
         x, y = (local_part(t, rank, dist.get_world_size(), "even").float() for t in make_data())
         engine(x)
         losses = LOSSES["instance"](engine.module(x), y)
         found.append(_message(lambda losses=losses, engine=engine: engine.backward(losses)))
+        attached.detach()
     return found
 
 
@@ -490,6 +545,9 @@ CASES: dict[str, Callable[[int], Any]] = {
     "second backward": _second_backward,
     "gradients that wait": _gradients_that_wait,
     "inner module": _inner_module,
+    "boundaries by hand": _boundaries_by_hand,
+    "one by one": _one_by_one,
+    "verified": _verified,
     "early forward": _early_forward,
     "detach": _detach,
     "scalar": _scalar,
@@ -529,7 +587,7 @@ def _same(ranks: list[dict[str, Any]], name: str) -> Any:
 
 
 def test_a_second_backward_in_a_micro_step_is_refused(ranks: list[dict[str, Any]]) -> None:
-    """Measured: stages 1 and 2 forget the first one (46 % off after three steps)."""
+    """Measured: stages 1 and 2 forget the first one."""
     for message in _same(ranks, "second backward"):
         assert message.startswith("RuntimeError: Found another backward of the same micro-step")
         assert "model_engine.step()" in message
@@ -541,10 +599,23 @@ def test_gradients_that_wait_are_not_mixed_with_a_backward(ranks: list[dict[str,
     assert "another backward of the same micro-step" in after
 
 
+@pytest.mark.parametrize("name", ["boundaries by hand", "one by one"])
+def test_other_ways_through_a_step_agree(ranks: list[dict[str, Any]], name: str) -> None:
+    for of_rank in ranks:
+        for usual, other in of_rank[name]:
+            assert (usual - other).norm() < 1e-6 * usual.norm()
+
+
+def test_verify_agrees_with_brute_force(ranks: list[dict[str, Any]]) -> None:
+    """Both in float32."""
+    assert max(_same(ranks, "verified")) < 1e-5
+
+
 def test_losses_that_pass_by_the_engine_are_refused(ranks: list[dict[str, Any]]) -> None:
-    """Measured: stages 1 and 2 then do not reduce (45 % off)."""
-    for message in _same(ranks, "inner module"):
-        assert "UnsupportedModelError" in message and "model_engine.module" in message
+    """Measured: with two micro-steps ZeRO-3 is 30 % off; the other stages are exact."""
+    *others, message = _same(ranks, "inner module")
+    assert others == ["no error"] * 3
+    assert "UnsupportedModelError" in message and "model_engine.module" in message
 
 
 def test_a_forward_before_attach_is_refused(ranks: list[dict[str, Any]]) -> None:
