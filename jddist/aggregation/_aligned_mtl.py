@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class AlignedMTLWeighting(HasPreference, GramianWeighting):
         ValueError: The preference vector is not a vector, or at call time its length is not m; or
             the mode is none of the three.
     """
+
+    pure: ClassVar[bool] = True
 
     def __init__(self, pref_vector: Tensor | None = None, scale_mode: ScaleMode = "min") -> None:
         super().__init__()

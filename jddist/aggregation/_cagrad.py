@@ -31,6 +31,8 @@ class CAGradWeighting(GramianWeighting):
         ValueError: A parameter is negative.
     """
 
+    pure: ClassVar[bool] = True
+
     differentiable: ClassVar[bool] = False  # The solver runs on numpy arrays.
 
     c = Checked[float](lambda value: value >= 0.0, "non-negative")

@@ -25,6 +25,8 @@ class ConFIGWeighting(HasPreference, GramianWeighting):
         pref_vector: Preference vector of shape [m]; None means 1 each.
     """
 
+    pure: ClassVar[bool] = True
+
     # Autograd through a pseudo-inverse of changing rank would be wrong.
     differentiable: ClassVar[bool] = False
     default_preference: ClassVar[type[RowCountWeighting]] = SumWeighting

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from jddist.linalg.dual_cone import DualConeProjector
@@ -17,6 +19,8 @@ class DualProjWeighting(ProjectedWeighting):
         pref_vector: Preference vector of shape [m]; None means 1/m each.
         projector: Solves the projection; None means `AutomaticProjector()`.
     """
+
+    pure: ClassVar[bool] = True
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         return self.projector(self.weighting(gramian), gramian)

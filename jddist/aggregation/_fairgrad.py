@@ -27,6 +27,8 @@ class FairGradWeighting(GramianWeighting):
         ValueError: A parameter is out of its range.
     """
 
+    pure: ClassVar[bool] = True
+
     differentiable: ClassVar[bool] = False  # The solver runs on numpy arrays.
 
     alpha = Checked[float](

@@ -17,6 +17,8 @@ from ._weightings import GramianWeighting
 class IMTLGWeighting(GramianWeighting):
     """Weights of `IMTLG`, from the Gramian [m, m] to [m]; their sum is 1, or they are all 0."""
 
+    pure: ClassVar[bool] = True
+
     # Autograd through a pseudo-inverse of changing rank would be wrong.
     differentiable: ClassVar[bool] = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ class KrumWeighting(GramianWeighting):
         ValueError: A parameter is out of its range, or at call time m is below n_byzantine + 3 or
             n_selected.
     """
+
+    pure: ClassVar[bool] = True
 
     n_byzantine = Checked[int](lambda value: value >= 0, "non-negative")
     n_selected = Checked[int](lambda value: value >= 1, "positive")

@@ -26,6 +26,8 @@ class MGDAWeighting(GramianWeighting):
         ValueError: A parameter is not positive.
     """
 
+    pure: ClassVar[bool] = True
+
     differentiable: ClassVar[bool] = False  # The loop runs on numpy arrays.
 
     epsilon = Checked[float](lambda value: value > 0.0, "positive")

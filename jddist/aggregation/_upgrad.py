@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ class UPGradWeighting(ProjectedWeighting, Dealable):
         pref_vector: Preference vector of shape [m]; None means 1/m each.
         projector: Solves the m projections; None means `AutomaticProjector()`.
     """
+
+    pure: ClassVar[bool] = True
 
     def forward(self, gramian: PSDMatrix, /) -> Tensor:
         return self.projector(torch.diag(self.weighting(gramian)), gramian).sum(dim=0)

@@ -25,10 +25,14 @@ class Weighting(nn.Module, ABC, Generic[_Stat_contra]):
     Attributes:
         differentiable: Whether autograd may follow the computation; if not, it runs without.
         needs_jacobian: Whether the statistic is the Jacobian itself.
+        pure: Whether the weights follow from the statistic and the settings alone, not from earlier
+            calls or random numbers. Of many groups' weightings the ranks then share out the work;
+            others run on rank 0. A subclass has to say it for itself.
     """
 
     differentiable: ClassVar[bool] = True
     needs_jacobian: ClassVar[bool] = False
+    pure: ClassVar[bool] = False
 
     @property
     def acts_on_columns(self) -> bool:

@@ -38,6 +38,7 @@ class Agreed:
         dtype: The dtype of this rank's objectives.
         books: How this rank gets its weighted gradient.
         early: What was counted of the Gramian already, in one process.
+        uncounted: This rank's blocks of columns that another rank counts.
     """
 
     layout: GlobalLayout
@@ -46,10 +47,11 @@ class Agreed:
     dtype: torch.dtype
     books: Books
     early: EarlyGramian | None = None
+    uncounted: Blocks = field(default_factory=list)
 
     def without_blocks(self) -> Agreed:
         """The same, for those who need no rows."""
-        return replace(self, blocks=[], early=None)
+        return replace(self, blocks=[], early=None, uncounted=[])
 
 
 @dataclass(eq=False)
@@ -107,10 +109,10 @@ class Agreement:
         factor = distribution.backward_factor(placement)
         table = self.contributor.table
         retain = retain_graph or found.books is Books.NO
-        layout, blocks = row_blocks(
+        layout, blocks, uncounted = row_blocks(
             distribution, found.layout, output, table, factor, retain_graph=retain
         )
-        return Agreed(layout, blocks, found.infos, found.dtype, found.books)
+        return replace(found, layout=layout, blocks=blocks, uncounted=uncounted)
 
     def of(self, call: str, find_local: Callable[[], Contribution], *, passes: bool) -> Agreed:
         """Agrees on whatever ``find_local`` finds.

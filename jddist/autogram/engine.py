@@ -254,7 +254,12 @@ class Engine:
         Raises:
             RuntimeError: No Gramian was computed yet.
             ValueError: The weights do not have the shape of the global objectives.
+            UnsupportedModelError: Some parameters are beside the sharded ones, which ``backward``
+                alone reduces.
         """
+        self._agreement.members.check_no_others(
+            self._distribution, "Call engine.backward(losses, weights), which does."
+        )
         return on_mesh(self._step.local_weights(weights), self._mesh)
 
     def backward(
@@ -308,6 +313,10 @@ class Engine:
                 )
             self._joining.add(output, weighting_or_weights, count, scale)
             return output.new_empty(0)
+        if backward is not None:
+            self._agreement.members.check_no_others(
+                self._distribution, "Leave out backward=, and jddist does."
+            )
         call = "Engine.backward"
         self._reporter.begins()
         gramian: Tensor | None = None
@@ -332,7 +341,12 @@ class Engine:
                 weights = self._step.weights(gramian, weighting_or_weights, scale)
             with self._contributor.distribution.last_stage():
                 self._step.write_gradients(
-                    output, blocks, weights, retain_graph=retain_graph, backward=backward
+                    output,
+                    blocks,
+                    weights,
+                    uncounted=agreed.uncounted,
+                    retain_graph=retain_graph,
+                    backward=backward,
                 )
         finally:
             for block in blocks:

@@ -48,13 +48,22 @@ class Members:
 
     def check_reduced(self, distribution: Distribution) -> None:
         """Raises UnsupportedModelError if the wrapper's backward would not reduce a gradient."""
+        if not distribution.reduces_others:
+            self.check_no_others(distribution, "Call fully_shard on the whole model too.")
+
+    def check_no_others(self, distribution: Distribution, fix: str) -> None:
+        """Raises UnsupportedModelError if there are parameters that no wrapper reduces.
+
+        Args:
+            distribution: How the parameters are distributed.
+            fix: What to do about it.
+        """
         own = distribution.is_own
         bare = [e.name for e in self.table.trainable if not own(e.parameter)]
         if bare and distribution.group.size > 1:
             raise UnsupportedModelError(
                 f"Found trainable parameters that are not sharded: {', '.join(bare)}; expected all "
-                "of them to be, since no backward reduces the others' gradients over ranks. Call "
-                "fully_shard on the whole model too."
+                f"of them to be, since no backward reduces the others' gradients over ranks. {fix}"
             )
 
     def check_current(self, distribution: Distribution, *, batched: bool) -> None:

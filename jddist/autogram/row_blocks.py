@@ -31,8 +31,10 @@ def row_blocks(
     factor: float,
     *,
     retain_graph: bool,
-) -> tuple[GlobalLayout, Blocks]:
-    """This rank's columns of all rows, and the layout that says so.
+) -> tuple[GlobalLayout, Blocks, Blocks]:
+    """This rank's columns of all rows, with the layout that says so.
+
+    Of what all ranks hold alike, one of them counts the columns; the others' blocks come apart.
 
     Args:
         distribution: The ranks; all of them have to call.
@@ -52,24 +54,32 @@ def row_blocks(
     ]
     rows, finite = distribution.rows(passes, retain_graph=retain_graph)
     blocks: Blocks = [None] * len(table.entries)
+    uncounted: Blocks = [None] * len(table.entries)
     for entry in table.trainable:
         if entry.parameter in rows and distribution.lockstep.counts(entry.parameter):
             local = part_of(rows[entry.parameter])
-            blocks[entry.index] = DenseBlock(local.reshape(len(passes), local.shape[1:].numel()))
-    return replace(layout, rows_finite=tuple(finite)), blocks
+            counts = distribution.is_own(entry.parameter) or distribution.columns.group.rank == 0
+            block = DenseBlock(local.reshape(len(passes), local.shape[1:].numel()))
+            (blocks if counts else uncounted)[entry.index] = block
+    return replace(layout, rows_finite=tuple(finite)), blocks, uncounted
 
 
-def write_columns(blocks: Blocks, entries: Sequence[Entry], weights: Tensor) -> None:
+def write_columns(
+    blocks: Blocks, uncounted: Blocks, entries: Sequence[Entry], weights: Tensor
+) -> None:
     """Adds this rank's part of the weighted gradient to ``.grad``, as the wrapper's backward would.
 
     Args:
         blocks: This rank's columns of all rows.
+        uncounted: The same, of what another rank counts.
         entries: The parameters.
         weights: One for each row.
     """
     with torch.no_grad():
         for entry in entries:
             block, parameter = blocks[entry.index], entry.parameter
+            if block is None:
+                block = uncounted[entry.index]
             if block is not None:
                 local = part_of(parameter)
                 gradient = block.combine(weights).view(local.shape).to(local.dtype)

@@ -125,6 +125,7 @@ class Step:
         blocks: Blocks,
         weights: Tensor,
         *,
+        uncounted: Blocks,
         retain_graph: bool,
         backward: Backward | None = None,
     ) -> None:
@@ -134,6 +135,7 @@ class Step:
             output: This rank's objectives.
             blocks: Its blocks of rows, from which the gradient comes if that was agreed on.
             weights: Weights of all objectives.
+            uncounted: Blocks of columns that another rank counts.
             retain_graph: Whether to keep the graph.
             backward: See ``Engine.backward``.
         """
@@ -151,7 +153,7 @@ class Step:
         elif agreed.layout.rows_finite is not None and agreed.books is Books.ROWS:
             # The rows are the global ones, of which this rank has the columns of its gradients.
             of_rows = agreed.layout.whole.rows_of(weights.detach())
-            write_columns(blocks, entries, of_rows)
+            write_columns(blocks, uncounted, entries, of_rows)
         elif agreed.books is Books.NO or weights.numel() == 0:
             distribution.check_takes_backward()
             with kept:

@@ -18,6 +18,7 @@ from jddist.distribution.columns import check_acts_on_columns
 from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut
 from jddist.distribution.reorder import ColumnOrder
 from jddist.distribution.select import originals
+from jddist.distribution.shared_out import fingerprint
 from jddist.distribution.whole import numel_of
 from jddist.errors import LayoutMismatchError
 
@@ -62,7 +63,7 @@ def aggregate_over_ranks(
         groups = [originals(group) for group in groups]
     agree: dict[str, object] = {}
     orders: dict[int, ColumnOrder] = {}
-    info: dict[str, list[object]] = {"rows": [], "present": [], "placement": []}
+    info: dict[str, list[object]] = {"rows": [], "present": [], "placement": [], "shared": []}
     try:
         if error is not None:
             raise error
@@ -83,6 +84,7 @@ def aggregate_over_ranks(
             info["present"].append([j is not None for j in jacs])
             info["rows"].append(next((len(j) for j in jacs if j is not None), None))
             info["placement"].append(None if placement is None else repr(placement))
+            info["shared"].append(None if observers else _to_share_out(aggregator))
         names = [[distribution.names.get(t, "?") for t in group] for group in groups]
         digest = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
         agree = {
@@ -108,7 +110,11 @@ def aggregate_over_ranks(
             rows = cut.columns([jac_of(t) for t in group], count, _common_dtype(group))
         else:
             rows = _local_rows(group, count)
-        row_groups.append(RowGroup(rows, counts, placement, aggregator, cut, orders.get(i)))
+        prints = {x["shared"][i] for x in infos}
+        shared_out = len(prints) == 1 and None not in prints
+        row_groups.append(
+            RowGroup(rows, counts, placement, aggregator, cut, orders.get(i), shared_out)
+        )
         if not retain_jac:
             free_jacs(group)
     results = aggregate(row_groups, distribution, call_aggregator, observers)
@@ -130,6 +136,13 @@ def aggregate_over_ranks(
             stated = distribution.objectives
         observers.ends(record_of(groups, found, stated, distribution))
     return [weights for _, weights in results]
+
+
+def _to_share_out(aggregator: Aggregator) -> str | None:
+    """By what ranks know that any of them may run the weighting for all."""
+    if not isinstance(aggregator, GramianWeightedAggregator):
+        return None
+    return fingerprint(aggregator.gramian_weighting)
 
 
 def shared_settings(aggregator: Aggregator) -> list[object]:

@@ -2,8 +2,9 @@
 
 Whatever the placement of the rows, they become column shards [m, n / W]: rows of the ranks' own by
 an all-to-all, estimates of the same rows by a reduce-scatter. All groups' Gramians are summed in
-one all-reduce, all weightings run on rank 0 with one broadcast, every rank combines its columns,
-and one all-gather brings the gradients together.
+one all-reduce; all weightings run on rank 0 with one broadcast, or those of many groups are shared
+out over the ranks; every rank combines its columns, and one all-gather brings the gradients
+together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from jddist.distribution.columns import RankColumns
 from jddist.distribution.cut import ColumnCut
 from jddist.distribution.once import Job
 from jddist.distribution.reorder import ColumnOrder
+from jddist.distribution.shared_out import run_shared_out
 from jddist.errors import NonFiniteObjectiveError
+from jddist.linalg._dealing import is_dealt
 from jddist.linalg.gramian import compute_gramian
 
 # How many columns are looked at at a time.
@@ -43,6 +46,7 @@ class RowGroup:
         aggregator: What aggregates them.
         cut: If the rows are this rank's columns of all rows already: which ones.
         order: If the aggregator needs them in order: how they get there.
+        shared_out: Whether any rank may run the weighting for all.
         gramian: That of all ranks' rows, once it is known, if one is formed.
     """
 
@@ -52,6 +56,7 @@ class RowGroup:
     aggregator: Aggregator
     cut: ColumnCut | None = None
     order: ColumnOrder | None = None
+    shared_out: bool = False
     gramian: Tensor | None = None
 
     @property
@@ -212,20 +217,28 @@ def _weigh(
     distribution: Distribution,
     observers: Observers,
 ) -> list[Tensor | None]:
-    jobs = [
-        Job(
-            group.aggregator.gramian_weighting,
-            gramian.to(torch.promote_types(group.rows.dtype, torch.float32)),
-            gramian.shape[:1],
-        )
-        for group, gramian in zip(groups, gramians, strict=True)
-        if gramian is not None and isinstance(group.aggregator, GramianWeightedAggregator)
-    ]
-    weightings = [job.weighting for job in jobs]
+    jobs: dict[int, Job] = {}
+    shared: list[int] = []
+    for i, (group, gramian) in enumerate(zip(groups, gramians, strict=True)):
+        if gramian is None or not isinstance(group.aggregator, GramianWeightedAggregator):
+            continue
+        weighting, shape = group.aggregator.gramian_weighting, gramian.shape[:1]
+        dtype = torch.promote_types(group.rows.dtype, torch.float32)
+        jobs[i] = Job(weighting, gramian.to(dtype), shape)
+        if group.shared_out and not is_dealt(weighting, shape.numel()):
+            shared.append(i)
+    weightings = [job.weighting for job in jobs.values()]
     observers.weighs(weightings)
-    found = iter(distribution.run_once(jobs) if jobs else [])
+    found: dict[int, Tensor] = {}
+    if len(shared) > 1 and distribution.everyone.size > 1:
+        of_all = run_shared_out(distribution.everyone, [jobs[i] for i in shared])
+        found = dict(zip(shared, of_all, strict=True))
+    others = [i for i in jobs if i not in found]
+    if others:
+        of_rank_zero = distribution.run_once([jobs[i] for i in others])
+        found |= dict(zip(others, of_rank_zero, strict=True))
     observers.weighed(weightings)
-    return [None if gramian is None else next(found) for gramian in gramians]
+    return [found.get(i) for i in range(len(groups))]
 
 
 def _gather(

@@ -159,6 +159,11 @@ class Distribution:
         """Whether the wrapper reduces the gradient of ``parameter`` over ranks."""
         return True
 
+    @property
+    def reduces_others(self) -> bool:
+        """Whether ``weighted_backward`` reduces the gradients that the wrapper does not."""
+        return False
+
     def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
         """Reduces gradients that wait for a backward which is not going to take place."""
         return None  # nothing waits without a wrapper

@@ -17,6 +17,7 @@ from torch.nn.parameter import Parameter
 
 from jddist.autogram.capture import paused
 
+from .beside import reduced_together
 from .mesh import ranks_of_fully_shard
 from .row_passes import RowPass, reduced_rows
 from .sharded import ShardedColumns, outermost
@@ -54,6 +55,17 @@ class FullyShard(ShardedColumns):
 
     def is_own(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor)
+
+    @property
+    def reduces_others(self) -> bool:
+        """Not in lockstep, where a gradient is a sum over ranks or not, as its layer has it."""
+        return not self.lockstep.active
+
+    def weighted_backward(self, output: Tensor, weights: Tensor, *, retain_graph: bool) -> None:
+        """Parameters that are not sharded get what the wrapper would have made of them."""
+        others = [p for p in self.names if p.requires_grad and not self.is_own(p)]
+        with reduced_together(others, self.group, self._divide_factor()):
+            super().weighted_backward(output, weights, retain_graph=retain_graph)
 
     def leaves(self) -> dict[Parameter, Tensor]:
         return self._unsharding.leaves()

@@ -58,7 +58,7 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
         ValueError: A weighting returned weights of another shape, or that are not finite (alone).
     """
     if group.size == 1:
-        return [_checked(job, job.weighting(job.statistic)) for job in jobs]
+        return [checked(job, job.weighting(job.statistic)) for job in jobs]
     device = jobs[0].statistic.device
     counts = [job.shape.numel() for job in jobs]
     # Weights travel as float64, to which every narrower dtype converts without loss.
@@ -108,7 +108,8 @@ def run_on_rank_zero(group: Group, jobs: Sequence[Job]) -> list[Tensor]:
     ]
 
 
-def _checked(job: Job, weights: Tensor) -> Tensor:
+def checked(job: Job, weights: Tensor) -> Tensor:
+    """The weights. Raises ValueError unless they have the job's shape and are finite."""
     if weights.shape != job.shape:
         raise ValueError(
             f"Found weights of shape {tuple(weights.shape)}; expected {tuple(job.shape)}, one "
@@ -141,7 +142,7 @@ def _run(
     """All weights in one float64 vector, and what has to follow them, serialised."""
     before = _random_states(device)
     results = [
-        _checked(job, job.weighting(job.statistic)).detach() if weights is None else weights
+        checked(job, job.weighting(job.statistic)).detach() if weights is None else weights
         for job, weights in zip(jobs, known, strict=True)
     ]
     follow: dict[str, Any] = {

@@ -108,7 +108,7 @@ def _peak(
 ) -> list[int]:
     """The largest resident set during a step, and that before it, in bytes."""
     # Whatever is freed goes back to the system at once.
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Network(layers, width, tasks)
