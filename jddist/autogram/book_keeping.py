@@ -7,6 +7,7 @@ depend on the backward that is left out: no parameter outside of the engine, no 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
@@ -71,7 +72,7 @@ def no_hooks(entries: Iterable[Entry], modules: Iterable[nn.Module]) -> bool:
 def combined(
     layout: GlobalLayout, blocks: Blocks, entries: Sequence[Entry], weights: Tensor
 ) -> list[Tensor | None]:
-    """The gradient of each entry from this rank's rows, or None.
+    """The gradient of each entry from this rank's rows, or None. The blocks lose their contents.
 
     Args:
         layout: The layout of the objectives.
@@ -86,6 +87,8 @@ def combined(
             block = blocks[entry.index]
             gradient = None if block is None else block.combine(of_rows)
             gradients.append(None if gradient is None else gradient.view_as(entry.parameter))
+            if block is not None:
+                block.forget()  # its memory may serve the next gradients
     return gradients
 
 
@@ -103,5 +106,8 @@ def differentiated(
         found = torch.autograd.grad(
             output, parameters, weights, retain_graph=retain_graph, allow_unused=True
         )
-    # Autograd may hand out one tensor for several parameters.
-    return [None if g is None else g.clone() for g in found]
+    # Autograd may hand out one tensor, or views of one, for several parameters.
+    counts = Counter(g.untyped_storage()._cdata for g in found if g is not None)
+    return [
+        g.clone() if g is not None and counts[g.untyped_storage()._cdata] > 1 else g for g in found
+    ]
