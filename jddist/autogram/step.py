@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -132,6 +132,7 @@ class Step:
             with kept:
                 output.backward(local, retain_graph=retain_graph)
         else:
+            gradients: Sequence[Tensor | None]
             if agreed.books is Books.ROWS:
                 gradients = combined(agreed.layout, blocks, entries, local)
             else:

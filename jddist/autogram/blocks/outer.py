@@ -188,6 +188,7 @@ class OuterBlock(TiledBlock):
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
     def combine(self, weights: Tensor) -> Tensor:
+        assert self._parts or self._kept is not None or self._bias is not None, "forgotten"
         weights = weights.to(self.dtype)
         shaped = weights.view(self.batch, self.objectives)
         bias = torch.zeros(self.out_features, dtype=self.dtype, device=self.device)
