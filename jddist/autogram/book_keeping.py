@@ -7,8 +7,10 @@ depend on the backward that is left out: no parameter outside of the engine, no 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +72,11 @@ def no_hooks(entries: Iterable[Entry], modules: Iterable[nn.Module]) -> bool:
 
 def combined(
     layout: GlobalLayout, blocks: Blocks, entries: Sequence[Entry], weights: Tensor
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """The gradient of each entry from this rank's rows, or None.
+
+    Each is computed when it is asked for, which can be done once: so that some may be under way to
+    other ranks while others are computed, and so that the memory of the rows serves the next ones.
 
     Args:
         layout: The layout of the objectives.
@@ -79,14 +84,36 @@ def combined(
         entries: The parameters.
         weights: Weights of this rank's objectives, as for its backward.
     """
-    of_rows = layout.local.rows_of(weights)
-    gradients: list[Tensor | None] = []
-    with torch.no_grad():
-        for entry in entries:
-            block = blocks[entry.index]
-            gradient = None if block is None else block.combine(of_rows)
-            gradients.append(None if gradient is None else gradient.view_as(entry.parameter))
-    return gradients
+    return _Combined(blocks, entries, layout.local.rows_of(weights))
+
+
+class _Combined(Sequence[Tensor | None]):
+    def __init__(self, blocks: Blocks, entries: Sequence[Entry], weights: Tensor) -> None:
+        self._blocks, self._entries, self._weights = blocks, entries, weights
+        self._asked_for: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        entry = self._entries[index]
+        assert entry.index not in self._asked_for, "the rows are gone after the first time"
+        self._asked_for.add(entry.index)
+        block = self._blocks[entry.index]
+        if block is None:
+            return None
+        with torch.no_grad():
+            gradient = block.combine(self._weights).view_as(entry.parameter)
+        block.forget()
+        return gradient
 
 
 def differentiated(
@@ -103,5 +130,8 @@ def differentiated(
         found = torch.autograd.grad(
             output, parameters, weights, retain_graph=retain_graph, allow_unused=True
         )
-    # Autograd may hand out one tensor for several parameters.
-    return [None if g is None else g.clone() for g in found]
+    # Autograd may hand out one tensor, or views of one, for several parameters.
+    counts = Counter(g.untyped_storage()._cdata for g in found if g is not None)
+    return [
+        g.clone() if g is not None and counts[g.untyped_storage()._cdata] > 1 else g for g in found
+    ]

@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jddist.distribution.exchange import add_blocks
-
 from .assembly import Finished
-from .blocks import JacobianBlock, Scratch
+from .blocks import JacobianBlock, Scratch, add_blocks
 
 # Whether a parameter's block is what it should be.
 Check = Callable[[int, JacobianBlock], bool]
@@ -55,5 +53,6 @@ class EarlyGramian:
     def complete(self, blocks: list[JacobianBlock | None]) -> Tensor:
         """The lower triangle of the Gramian of all ``blocks``, in the parameters' order."""
         rest = [None if i in self.counted else block for i, block in enumerate(blocks)]
-        add_blocks(self.total, rest)
-        return self.total
+        total, self.total = self.total, self.total.new_empty(0)  # it is large: keep it only once
+        add_blocks(total, rest)
+        return total

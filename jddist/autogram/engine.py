@@ -62,7 +62,7 @@ class Engine:
             other. By default it is found from the modules' wrapper.
         memory_budget: Bytes that intermediate results and rows held for the weighted gradient may
             take, besides the inputs of the layers and the gradients of their outputs. Less is
-            slower: rows are then formed in smaller tiles, or twice. 96 MiB by default.
+            slower: rows are then formed in smaller tiles, or twice. 40 MiB by default.
         nonfinite: What to do if an objective or its gradient is NaN or infinite: "raise"
             NonFiniteObjectiveError on every rank, or "skip": weights of zero for that step.
         prefer: How the exchange between ranks is chosen for each layer: "time" weighs the bytes
@@ -339,6 +339,8 @@ class Engine:
                 blocks = agreed.blocks
                 gramian = self._step.gramian(output, agreed, scale)
                 weights = self._step.weights(gramian, weighting_or_weights, scale)
+                if not self.observers:  # it may be as large as a layer
+                    gramian = None
             with self._contributor.distribution.last_stage():
                 self._step.write_gradients(
                     output,

@@ -22,6 +22,8 @@ from .parameters import Entry
 
 # How many rows are compared one by one where a sum over all of them is too inexact.
 _SINGLE_ROWS = 3
+# How many elements are compared at a time.
+_PIECE = 1 << 16
 
 
 def wrong_entries(
@@ -115,7 +117,7 @@ def _check_alike(
             flat = gradient.reshape(-1)
             signs = torch.ones_like(flat)
             signs[::2] = -1.0
-            values[f"the gradient of {entry.name}"] = torch.stack([flat @ signs, _norm(flat)])
+            values[f"the gradient of {entry.name}"] = torch.stack([flat @ signs, flat.norm()])
     eps = max([eps, *(torch.finfo(value.dtype).eps for value in values.values())])
     lockstep.check_same(values, min(0.1, 30 * eps**0.5))
 
@@ -152,7 +154,7 @@ class Expected:
             None if gradient is None else part_like(gradient, leaf)
             for gradient, leaf in zip(whole, leaves, strict=True)
         ]
-        self._total = math.hypot(*(float(_norm(g)) for g in found if g is not None))
+        self._total = math.hypot(*(_norm(g) for g in found if g is not None))
         self.gradients = {e.index: g for e, g in zip(entries, found, strict=True)}
         self.is_finite = math.isfinite(self._total)
 
@@ -219,11 +221,26 @@ def _agree(
     combined = zero if block is None else block.combine(weights)
     target = zero if expected is None else expected.reshape(-1)
     eps = max(eps, torch.finfo(weights.dtype if expected is None else expected.dtype).eps)
-    difference = _norm(combined - target)
+    difference = _distance(combined.reshape(-1), target)
     scale = _norm(combined) + _norm(target)
-    return bool(difference <= min(0.1, 30 * eps**0.5) * scale + min(0.01, 1e3 * eps) * total)
+    return difference <= min(0.1, 30 * eps**0.5) * scale + min(0.01, 1e3 * eps) * total
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    """The norm, added up in float64 without a copy in that dtype."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+def _distance(first: Tensor, second: Tensor) -> float:
+    """The norm of the difference of two vectors (or numbers), added up in float64."""
+    left, right = (_pieces(t) for t in torch.broadcast_tensors(first, second))
+    squares = [_square(a.double() - b.double()) for a, b in zip(left, right, strict=True)]
+    return math.sqrt(float(torch.stack(squares).sum()))
+
+
+def _norm(tensor: Tensor) -> float:
+    """The norm, added up in float64 without a copy of all elements in that dtype."""
+    return math.sqrt(float(torch.stack([_square(p.double()) for p in _pieces(tensor)]).sum()))
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.reshape(-1).split(_PIECE)
+
+
+def _square(piece: Tensor) -> Tensor:
+    return torch.dot(piece, piece)

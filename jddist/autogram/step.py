@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -160,6 +160,7 @@ class Step:
                 distribution.weighted_backward(output, local, retain_graph=retain_graph)
             distribution.place_gradients([e.parameter for e in entries])
         else:
+            gradients: Sequence[Tensor | None]
             if agreed.books is Books.ROWS:
                 gradients = combined(agreed.layout, blocks, entries, local)
             else:

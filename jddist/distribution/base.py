@@ -189,7 +189,8 @@ class Distribution:
 
         Args:
             parameters: The parameters, in an order that is the same on every rank.
-            gradients: This rank's gradients, of the parameters' shapes, or None.
+            gradients: This rank's gradients, of the parameters' shapes, or None. Each may be
+                computed when it is asked for, and be asked for once.
             present: Whether any rank has a gradient for the parameter.
         """
         raise NotImplementedError

@@ -122,6 +122,18 @@ class Group:
                 dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """``all_reduce`` in the background; the function waits for the sum."""
+        if self.size == 1:
+            return lambda: tensor
+        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return tensor
+
+        return wait
+
     def all_gather_uneven(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Every rank's vector; their lengths may differ, and are known already.
 

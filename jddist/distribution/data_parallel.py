@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ from .collectives import Group
 
 _DELAYED = "_static_graph_delay_allreduce_enqueued"
 # Elements of gradients that are averaged in one message.
-_BUCKET = 1 << 22
+_BUCKET = 1 << 20
 
 
 class DataParallel(Distribution):
@@ -80,30 +80,41 @@ class DataParallel(Distribution):
         gradients: Sequence[Tensor | None],
         present: Sequence[bool],
     ) -> None:
-        """As the reducer does: what had accumulated under ``no_sync`` is averaged along."""
+        """As the reducer does: what had accumulated under ``no_sync`` is averaged along, and one
+        bucket is under way while the gradients of the next are computed."""
         if not all(wrapper.require_backward_grad_sync for wrapper in self.wrappers):
-            for parameter, gradient, wanted in zip(parameters, gradients, present, strict=True):
+            own_gradients = list(gradients)  # before any is written: computing one may fail
+            for parameter, gradient, wanted in zip(parameters, own_gradients, present, strict=True):
                 if gradient is not None:
                     accumulate(parameter, gradient)
                 elif wanted and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             return
+        under_way: list[tuple[list[int], list[Tensor], Callable[[], Tensor]]] = []
         for bucket in _buckets(parameters):
-            pieces = []
-            for i in bucket:
+            sizes = [parameters[i].numel() for i in bucket]
+            flat = parameters[bucket[0]].new_empty(sum(sizes), requires_grad=False)
+            means = [
+                piece.view(parameters[i].shape)
+                for i, piece in zip(bucket, flat.split(sizes), strict=True)
+            ]
+            for i, mean in zip(bucket, means, strict=True):
                 total, own = parameters[i].grad, gradients[i]
-                if total is None:
-                    total = torch.zeros_like(parameters[i]) if own is None else own
-                elif own is not None:
-                    total = total + own
-                pieces.append(total.to(parameters[i].dtype).reshape(-1))
-            flat = self.group.all_reduce(torch.cat(pieces)) / self.divisor
-            for i, mean in zip(bucket, flat.split([len(p) for p in pieces]), strict=True):
-                parameter, mean = parameters[i], mean.view(parameters[i].shape)
+                if own is not None:
+                    mean.copy_(own if total is None else total + own)
+                elif total is not None:
+                    mean.copy_(total)
+                else:
+                    mean.zero_()
+            under_way.append((bucket, means, self.group.start_all_reduce(flat)))
+        for bucket, means, wait in under_way:
+            wait().div_(self.divisor)
+            for i, mean in zip(bucket, means, strict=True):
+                parameter = parameters[i]
                 if parameter.grad is not None:
                     parameter.grad.copy_(mean)
                 elif present[i] or mean.any():
-                    accumulate(parameter, mean.clone())
+                    accumulate(parameter, mean)
 
     def check_takes_backward(self) -> None:
         """Refuses a backward inside of DDP's own forward, which sets up the reducer at its end.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock
+from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock, add_blocks
 from jddist.autogram.blocks.products import add_square, mirror_
 
 from .collectives import Group
@@ -55,33 +55,6 @@ def local_gramian(blocks: Blocks, num_rows: int, device: torch.device) -> Tensor
     total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
     add_blocks(total, blocks)
     return mirror_(total)
-
-
-def add_blocks(total: Tensor, blocks: Blocks) -> None:
-    """Adds the products of each block's rows to the lower triangle of ``total`` [m, m]."""
-    index = 0
-    while index < len(blocks):
-        block, after = blocks[index], blocks[index + 1] if index + 1 < len(blocks) else None
-        index += 1
-        if block is None:
-            continue
-        if is_weight_with_bias(block, after):
-            assert isinstance(block, OuterBlock)
-            if block.prefers_pairs():  # then the bias is nearly free
-                block = block.with_bias()
-                index += 1
-        block.add_gramian(total)
-
-
-def is_weight_with_bias(block: JacobianBlock | None, after: JacobianBlock | None) -> bool:
-    """Whether two blocks are the weight and the bias of one layer, with the same gradients."""
-    return (
-        isinstance(block, OuterBlock)
-        and isinstance(after, OuterBlock)
-        and block.in_features > 0
-        and after.in_features == 0
-        and after.shares_grads(block)
-    )
 
 
 def sharded_rows_gramian(

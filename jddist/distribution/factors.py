@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock
+from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock, add_blocks
 
 from .collectives import Group
 from .schemes import Step, partners_of, receivers_of
@@ -58,13 +58,18 @@ def start_factors(
             return
         starts = [k * sum(batches[:r]) for r in range(size + 1)]
         own = slice(starts[rank], starts[rank + 1])
-        total[own, own] += _own_gramian(mine)
-        factors = [_Factors.of(flat, step, batches[rank], positions[rank], k)]
-        left = _block_of(factors, step)
-        left.lend(block.scratch, keep=False)
-        for others in _alike(partners, positions, lengths, step.kind):
-            factors = [_Factors.of(gathered[r], step, batches[r], positions[r], k) for r in others]
-            products = left.cross(_block_of(factors, step))
+        alike = _alike(partners, positions, lengths, step.kind)
+        rights = [
+            _block_of(
+                [_Factors.of(gathered[r], step, batches[r], positions[r], k) for r in others], step
+            )
+            for others in alike
+        ]
+        for right in rights:
+            right.lend(block.scratch, keep=False)
+        square, crosses = _products(mine, rights, flat, step, batches[rank], positions[rank], k)
+        total[own, own] += square
+        for others, products in zip(alike, crosses, strict=True):
             widths = [k * batches[r] for r in others]
             for r, product in zip(others, products.split(widths, dim=1), strict=True):
                 theirs = slice(starts[r], starts[r + 1])
@@ -126,16 +131,51 @@ def _alike(
     return list(found.values())
 
 
-def _own_gramian(mine: Sequence[JacobianBlock | None]) -> Tensor:
-    weight, *bias = mine
+def _products(
+    mine: Sequence[JacobianBlock | None],
+    rights: Sequence[JacobianBlock],
+    flat: Tensor,
+    step: Step,
+    batch: int,
+    positions: int,
+    k: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The products of this rank's rows with one another, in the lower triangle, and with those of
+    each of ``rights``.
+
+    Args:
+        mine: This rank's block, and that of the bias if the step has one.
+        rights: Other ranks' rows.
+        flat: This rank's factors as they travelled.
+        step: The plan for this block.
+        batch: This rank's b.
+        positions: Its t.
+        k: The number of objectives of each sample.
+    """
+    weight, *biases = mine
     assert weight is not None
-    if bias and isinstance(weight, OuterBlock) and weight.prefers_pairs():
-        return weight.with_bias().gramian()
-    total = weight.gramian()
-    for block in bias:
-        assert block is not None
-        total += block.gramian()
-    return total
+    m, device = weight.num_rows, weight.device
+    square = torch.zeros(m, m, dtype=torch.float64, device=device)
+    outer = isinstance(weight, OuterBlock) and weight.in_features > 0
+    if isinstance(weight, OuterBlock) and outer and not weight.prefers_pairs():
+        others = [right for right in rights if isinstance(right, OuterBlock)]
+        crosses = [
+            torch.zeros(m, other.num_rows, dtype=torch.float64, device=device) for other in others
+        ]
+        weight.add_gramian_and_crosses(square, others, crosses)
+        for bias in biases:
+            assert isinstance(bias, OuterBlock)
+            bias.add_gramian(square)
+            for other, cross in zip(others, crosses, strict=True):
+                theirs = other.bias_rows()
+                cross += bias.bias_rows().to(theirs.dtype) @ theirs.T
+        return square, crosses
+    add_blocks(square, mine)
+    if not rights:
+        return square, []
+    left = _block_of([_Factors.of(flat, step, batch, positions, k)], step)
+    left.lend(weight.scratch, keep=False)
+    return square, [left.cross(right) for right in rights]
 
 
 def rounded_up(count: int) -> int:

@@ -27,6 +27,7 @@ class Local(Distribution):
         gradients: Sequence[Tensor | None],
         present: Sequence[bool],
     ) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        # All of them before any is written: computing one may fail.
+        for parameter, gradient in zip(parameters, list(gradients), strict=True):
             if gradient is not None:
                 accumulate(parameter, gradient)

@@ -284,9 +284,13 @@ def _factors_step(
         own = ranks.spread([_own(b, shapes[parameters[0]], k) for b, shapes in ranks.groups])
         product = materialised_flops(1, 0, 1, 0, *dims)
         forming = materialised_flops(1, 1, 1, 0, *dims) - product
-        meets = (partner_lines > 0).double()
         pairs = lines * partner_lines * pairwise_flops(1, 1, 1, 1, *dims)
-        materialised = (lines * meets + partner_lines) * forming
+        # Rows that are formed for the own Gramian serve the products with the partners' too.
+        twice = ranks.spread(
+            [_own_by_pairs(b, shapes[parameters[0]], k) for b, shapes in ranks.groups]
+        )
+        twice = twice * (partner_lines > 0)
+        materialised = (lines * twice + partner_lines) * forming
         materialised = materialised + ranks.batch * partner_batch * product
         flops = own + torch.minimum(pairs, materialised)
     return Step(
@@ -338,6 +342,16 @@ def _own(batch: int, shape: BlockShape, k: int) -> float:
     sizes = (batch, shape.positions, batch, shape.positions)
     dims = (k, max(1, shape.in_features), shape.out_features)
     return min(pairwise_flops(*sizes, *dims, own=True), materialised_flops(*sizes, *dims, own=True))
+
+
+def _own_by_pairs(batch: int, shape: BlockShape, k: int) -> float:
+    """1 if a rank's own Gramian of an outer block is made without its rows, else 0."""
+    if shape.kind == "none":
+        return 0.0
+    sizes = (batch, shape.positions, batch, shape.positions)
+    dims = (k, max(1, shape.in_features), shape.out_features)
+    pairs = pairwise_flops(*sizes, *dims, own=True)
+    return float(pairs <= materialised_flops(*sizes, *dims, own=True))
 
 
 def forming_flops(batch: int, k: int, shape: BlockShape) -> float:

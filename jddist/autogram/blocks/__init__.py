@@ -12,6 +12,7 @@ from .outer import ColumnOrder, OuterBlock
 from .patches import Patches, Window
 from .scratch import DEFAULT_BUDGET, Scratch
 from .stacked import StackedBlock
+from .together import add_blocks
 from .total import TotalBlock, sum_blocks
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "TiledBlock",
     "TotalBlock",
     "Window",
+    "add_blocks",
     "compute_dtype",
     "sum_blocks",
 ]

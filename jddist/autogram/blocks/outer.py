@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from weakref import ref
@@ -14,6 +14,9 @@ from .base import JacobianBlock, TiledBlock, compute_dtype
 from .cost import materialised_flops, pairwise_flops
 from .patches import Patches
 from .products import add_square, bands
+
+# Products of fewer lines than that are slow.
+_NARROW = 128
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class OuterBlock(TiledBlock):
         self.num_columns = self.out_features * (self.in_features + int(ones))
         self.device = grads.device
         self._kept: Tensor | None = None
+        self._is_lent = False
         self._bias: Tensor | None = None
 
     def factors(self) -> tuple[Tensor | None, Tensor]:
@@ -133,7 +137,41 @@ class OuterBlock(TiledBlock):
             for tile in self._own_tiles():
                 add_square(total, tile)
         if self.ones:
-            add_square(total, self._bias_rows())
+            add_square(total, self.bias_rows())
+
+    def add_gramian_and_crosses(
+        self, total: Tensor, others: Sequence[OuterBlock], crosses: Sequence[Tensor]
+    ) -> None:
+        """``add_gramian`` and the products with other blocks' rows, these rows being formed once.
+
+        Args:
+            total: See ``add_gramian``.
+            others: Blocks of the same weight's columns, and perhaps of a bias's, which are left
+                out.
+            crosses: For each the products [m, m'], float64, to which its own are added.
+        """
+        assert self.in_features and not self.ones
+        width = self.tile_width(max([self.num_rows, *(other.num_rows for other in others)]))
+        start = 0
+        for tile in self._own_tiles(width):
+            add_square(total, tile)
+            lines = tile.view(self.num_rows, -1, self.in_features)
+            count = lines.shape[1]
+            for low in range(0, count, width):
+                mine = lines[:, low : low + width].flatten(1)
+                stop = start + min(count, low + width)
+                for other, cross in zip(others, crosses, strict=True):
+                    theirs = other._tile(start + low, stop)
+                    dtype = torch.promote_types(mine.dtype, theirs.dtype)
+                    cross += mine.to(dtype) @ theirs.to(dtype).T
+            start += count
+
+    def _tile(self, start: int, stop: int) -> Tensor:
+        """Lines ``start`` to ``stop`` of all rows, in scratch memory: [m, (stop - start) * in]."""
+        shape = (self.batch, self.objectives, stop - start, self.in_features)
+        found = self.scratch.tile("other rows", shape, self.dtype, self.device)
+        self.add_tile(found, start, stop, first=True)
+        return found.view(self.num_rows, -1)
 
     def rows(self) -> Tensor:
         pieces = []
@@ -146,10 +184,11 @@ class OuterBlock(TiledBlock):
                 weight = weight.view(self.num_rows, -1)
             pieces.append(weight if self._order is None else self._order.apply(weight))
         if self.ones:
-            pieces.append(self._bias_rows())
+            pieces.append(self.bias_rows())
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
     def combine(self, weights: Tensor) -> Tensor:
+        assert self._parts or self._kept is not None or self._bias is not None, "forgotten"
         weights = weights.to(self.dtype)
         shaped = weights.view(self.batch, self.objectives)
         bias = torch.zeros(self.out_features, dtype=self.dtype, device=self.device)
@@ -167,7 +206,7 @@ class OuterBlock(TiledBlock):
             pieces = [self._order.apply(pieces[0])]
         if self.ones:
             if not self.in_features or self._kept is not None:
-                bias = weights @ self._bias_rows()
+                bias = weights @ self.bias_rows()
             pieces.append(bias)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
@@ -190,6 +229,7 @@ class OuterBlock(TiledBlock):
                 for samples, rows in inputs.row_tiles(grads[:, 0, :, start:stop], target):
                     out = target[samples, 0]
                     out.copy_(rows) if first else out.add_(rows)
+                    del rows  # or those of the next samples lie beside them
                 first = False
                 continue
             for low, high in self._sample_ranges(inputs):
@@ -204,9 +244,9 @@ class OuterBlock(TiledBlock):
             first = False
 
     def release(self) -> None:
-        if self._kept is not None:
+        if self._kept is not None and self._is_lent:
             self.scratch.give_back(self._kept)
-            self._kept = None
+        self._kept, self._is_lent = None, False
 
     def forget(self) -> None:
         self.release()
@@ -232,11 +272,14 @@ class OuterBlock(TiledBlock):
             and other._order == self._order
         )
 
-    def _sample_ranges(self, inputs: Tensor | Patches | None) -> Iterator[tuple[int, int]]:
-        """Cuts the samples into ranges whose patches fit into a tile."""
+    def _sample_ranges(
+        self, inputs: Tensor | Patches | None, parts: int = 1
+    ) -> Iterator[tuple[int, int]]:
+        """Cuts the samples into ranges whose patches fit into one of the ``parts`` of a tile."""
         step = self.batch
         if isinstance(inputs, Patches):
-            step = max(1, self.scratch.tile_elements(self.dtype) // max(1, prod(inputs.shape[1:])))
+            room = self.scratch.tile_elements(self.dtype) // parts
+            step = max(1, room // max(1, prod(inputs.shape[1:])))
         for low in range(0, self.batch, max(1, step)):
             yield low, min(self.batch, low + step)
 
@@ -248,10 +291,14 @@ class OuterBlock(TiledBlock):
             return inputs.samples(low, high, self.dtype, None if fresh else self.scratch)
         return inputs[low:high].to(self.dtype)
 
-    def _bias_rows(self) -> Tensor:
+    def bias_rows(self) -> Tensor:
+        """The columns of the bias of all rows: [m, out]."""
         if self._bias is not None:
             return self._bias
-        sums = [g.sum(dim=2, dtype=self.dtype) for _, g in self._parts]
+        sums = [
+            g[:, :, 0].to(self.dtype) if g.shape[2] == 1 else g.sum(dim=2, dtype=self.dtype)
+            for _, g in self._parts
+        ]
         total = sums[0]
         for more in sums[1:]:
             total = total + more
@@ -261,11 +308,16 @@ class OuterBlock(TiledBlock):
             self._forget_factors()
         return total
 
-    def _own_tiles(self) -> Iterator[Tensor]:
-        """The weight's columns of all rows, held at once if there is memory for it, or in tiles."""
+    def _own_tiles(self, width: int | None = None) -> Iterator[Tensor]:
+        """The weight's columns of all rows, held at once if that is the smaller form or if there
+        is memory for it, or in tiles."""
         if self._may_keep and self._kept is None:
             shape = (self.batch, self.objectives, self.out_features, self.in_features)
-            whole = self.scratch.hold(shape, self.dtype, self.device)
+            if prod(shape) <= self._factor_elements():
+                whole: Tensor | None = torch.empty(shape, dtype=self.dtype, device=self.device)
+            else:
+                whole = self.scratch.hold(shape, self.dtype, self.device)
+                self._is_lent = whole is not None
             if whole is not None:
                 self.add_tile(whole, 0, self.out_features, first=True)
                 self._kept = whole.view(self.num_rows, -1)
@@ -273,7 +325,13 @@ class OuterBlock(TiledBlock):
         if self._kept is not None:
             yield self._kept
         else:
-            yield from self._tiles(self.tile_width(self.num_rows))
+            yield from self._tiles(self.tile_width(self.num_rows) if width is None else width)
+
+    def _factor_elements(self) -> int:
+        return sum(
+            grads.numel() + (0 if inputs is None else inputs.numel())
+            for inputs, grads in self._parts
+        )
 
     def _cross_rows(self, other: OuterBlock) -> Tensor:
         total = torch.zeros(self.num_rows, other.num_rows, dtype=torch.float64, device=self.device)
@@ -283,7 +341,7 @@ class OuterBlock(TiledBlock):
             for mine, theirs in pairs:
                 total += mine @ theirs.T
         if self.ones:
-            total += self._bias_rows() @ other._bias_rows().T
+            total += self.bias_rows() @ other.bias_rows().T
         return total
 
     def _add_pairs(self, total: Tensor, other: OuterBlock) -> None:
@@ -328,17 +386,19 @@ class OuterBlock(TiledBlock):
             if self.ones:
                 bias += weighted.sum(dim=(0, 1))
             return
-        for low, high in self._sample_ranges(inputs):
+        for low, high in self._sample_ranges(inputs, parts=4):  # three more are made of them
             a = self._samples(inputs, low, high).reshape(-1, self.in_features)
-            g = grads[low:high].to(self.dtype)
-            if self.objectives == 1:
-                weighted = g[:, 0] * weights[low:high, :, None]
-            else:
-                weighted = torch.einsum("bk,bkto->bto", weights[low:high], g)
-            flat = weighted.reshape(-1, self.out_features)
-            weight.addmm_(flat.T, a)
-            if self.ones:
-                bias += flat.sum(dim=0)
+            width = max(_NARROW, self.scratch.tile_elements(self.dtype) // (4 * max(1, len(a))))
+            for start in range(0, self.out_features, width):
+                g = grads[low:high, ..., start : start + width].to(self.dtype)
+                if self.objectives == 1:
+                    weighted = g[:, 0] * weights[low:high, :, None]
+                else:
+                    weighted = torch.einsum("bk,bkto->bto", weights[low:high], g)
+                flat = weighted.reshape(len(a), g.shape[-1])
+                weight[start : start + width].addmm_(flat.T, a)
+                if self.ones:
+                    bias[start : start + width] += flat.sum(dim=0)
 
 
 def _bands_of_samples(b1: int, b2: int, limit: int, *, own: bool) -> Iterator[tuple[int, int, int]]:

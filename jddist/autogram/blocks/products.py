@@ -26,5 +26,8 @@ def add_square(total: Tensor, rows: Tensor) -> None:
 
 def mirror_(total: Tensor) -> Tensor:
     """Copies the lower triangle onto the upper one, in place."""
-    upper = total.tril(-1).T
-    return total.tril_().add_(upper)
+    for start, stop in bands(len(total)):
+        total[:start, start:stop] = total[start:stop, :start].T
+        middle = total[start:stop, start:stop]
+        middle.copy_(middle.tril() + middle.tril(-1).T)
+    return total

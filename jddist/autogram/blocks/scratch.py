@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-DEFAULT_BUDGET = 96 << 20
+DEFAULT_BUDGET = 40 << 20
 """The default of ``memory_budget``, in bytes."""
 
 # Elements of a tile: large enough for efficient products, small beside a model.
@@ -63,6 +63,10 @@ class Scratch:
             self._free.pop(0)  # it was for a batch of another size
         self._held += needed
         return torch.empty(shape, dtype=dtype, device=device)
+
+    def trim(self) -> None:
+        """Frees the buffers that nobody holds: other memory is about to be needed."""
+        self._free.clear()
 
     def give_back(self, tensor: Tensor) -> None:
         """Returns what ``hold`` gave."""

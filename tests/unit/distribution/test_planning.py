@@ -131,8 +131,8 @@ def test_operations_of_each_scheme() -> None:
         assert 0.5 * world * product <= share <= 2 * world * product
         if world == 2:
             assert factors.steps[0].scheme is Scheme.FACTORS
-            # The other's rows are formed too, and the own ones twice.
-            assert 2 * forming <= float(factors.flops.max()) <= 4 * forming + 4 * product
+            # The other's rows are formed too.
+            assert 2 * forming <= float(factors.flops.max()) <= 2 * forming + 4 * product
 
 
 def test_the_work_of_opposite_ranks_takes_turns() -> None:
