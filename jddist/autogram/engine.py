@@ -50,7 +50,8 @@ class Engine:
 
     Args:
         modules: Modules, in DistributedDataParallel or fully_shard or not, whose parameters count,
-            recursively; or one iterable of modules, whose direct parameters count.
+            recursively; or one iterable of modules, whose direct parameters count. Their layers may
+            be tensor-parallel.
         batch_dim: The dimension of the samples in the tensors of objectives. The modules must then
             treat the samples independently, with the samples first in all their tensors; what does
             not is noticed and computed by a slower exact way, or refused. None: no such dimension;

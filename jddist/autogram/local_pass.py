@@ -36,7 +36,7 @@ from .parameters import Entry, Owner, ParameterTable
 from .parts import of_parts, takes_parts
 from .record import LayerRecord
 from .rules.fallback import batched_leaves
-from .self_check import Expected, warn_direct, warn_wrong, wrong_entries
+from .self_check import Expected, check_alike, warn_direct, warn_wrong, wrong_entries
 from .visits import visit
 
 Blocks = list[JacobianBlock | None]
@@ -82,6 +82,8 @@ class LocalPass:
     direct: frozenset[int] = frozenset()
     _direct: dict[Hashable, frozenset[int]] = field(default_factory=dict)
     _steps: dict[Hashable, int] = field(default_factory=dict)
+    _checked: bool = False
+    _eps: float = 0.0
     _leaves: dict[int, Tensor] = field(default_factory=dict)
     _chunk: int = 1
     _index_of: dict[Tensor, int] = field(default_factory=dict)
@@ -111,12 +113,14 @@ class LocalPass:
             ModifiedInputError: An input of a recorded call was changed in place.
         """
         self.samples, self.freed, self.direct = 0, False, frozenset()
-        self.lockstep.enter({"shape of the objectives": list(output.shape)})
+        self.lockstep.enter({"size": list(output.shape)})
         graph = self._explore(output)
         if layout.num_rows == 0:
             return [None] * len(self.table.entries)
         free = free and self.accounted and layout.objectives == 1
         blocks = self._checked_blocks(output, layout, graph, keep=keep, free=free, early=early)
+        if self._checked:
+            check_alike(output, layout, self.table.trainable, blocks, self._eps, self.lockstep)
         for entry in self.table.entries:
             if not self.lockstep.counts(entry.parameter):
                 blocks[entry.index] = None  # another rank answers for it
@@ -172,10 +176,10 @@ class LocalPass:
         signature = (self._signature(calls, reached, layout), graph.structure)
         known = self._direct.get(signature)
         start = (known or frozenset()) | (elsewhere & reached)
-        due = self._is_due(signature)
+        due = self._checked = self._is_due(signature)
         self.freed = free and not due and known == frozenset() == start
         run = _Run(output, layout, graph, calls, reached)
-        eps = _coarsest_rounding(calls)
+        eps = self._eps = _coarsest_rounding(calls)
         expected = None
         if due:
             self.scratch.trim()  # a check needs memory of its own

@@ -88,8 +88,6 @@ def _disagreeing(
 ) -> frozenset[int] | None:
     """``wrong_entries`` for one combination of the rows."""
     expected = Expected(output, layout, entries, leaves, weights, eps)
-    if lockstep.active:
-        _check_alike(output, layout, entries, expected, eps, lockstep)
     finite = expected.is_finite
     wrong = [finite and not expected.agrees(e.index, blocks[e.index]) for e in entries]
     if lockstep.active:
@@ -100,25 +98,39 @@ def _disagreeing(
     return frozenset(e.index for e, is_wrong in zip(entries, wrong, strict=True) if is_wrong)
 
 
-def _check_alike(
+def check_alike(
     output: Tensor,
     layout: OutputLayout,
     entries: Sequence[Entry],
-    expected: Expected,
+    blocks: Sequence[JacobianBlock | None],
     eps: float,
     lockstep: Lockstep,
 ) -> None:
     """Raises LayoutMismatchError unless ranks in lockstep have the same objectives, and the same
-    gradients of the parameters that all of them hold alike."""
+    rows of the parameters that all of them hold alike.
+
+    Args:
+        output: The objectives.
+        layout: The layout of ``output``.
+        entries: The parameters.
+        blocks: The blocks of all parameters.
+        eps: A machine epsilon coarser than that of the blocks, if something ran with it.
+        lockstep: The ranks.
+    """
+    if lockstep.group.size == 1:
+        return
     values = {"the objectives": layout.rows_of(output)}
+    weights = torch.linspace(-1.0, 2.0, layout.num_rows, dtype=torch.float64).to(output.device)
     for entry in entries:
-        gradient = expected.gradients[entry.index]
-        if not lockstep.cuts(entry.parameter) and gradient is not None:
-            flat = gradient.reshape(-1)
-            signs = torch.ones_like(flat)
-            signs[::2] = -1.0
-            values[f"the gradient of {entry.name}"] = torch.stack([flat @ signs, flat.norm()])
-    eps = max([eps, *(torch.finfo(value.dtype).eps for value in values.values())])
+        block = blocks[entry.index]
+        if block is None or lockstep.cuts(entry.parameter):
+            continue
+        eps = max(eps, torch.finfo(entry.parameter.dtype).eps)
+        combined = block.combine(weights).reshape(-1)
+        signs = torch.ones_like(combined)
+        signs[::2] = -1.0
+        values[f"the gradient of {entry.name}"] = torch.stack([combined @ signs, combined.norm()])
+    eps = max(eps, torch.finfo(output.dtype).eps)
     lockstep.check_same(values, min(0.1, 30 * eps**0.5))
 
 

@@ -126,10 +126,13 @@ class Group:
         """``all_reduce`` in the background; the function waits for the sum."""
         if self.size == 1:
             return lambda: tensor
-        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+        self._count(tensor, 2 * (self.size - 1) / self.size)
+        with self.naming():
+            work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
 
         def wait() -> Tensor:
-            work.wait()
+            with self.naming():
+                work.wait()
             return tensor
 
         return wait

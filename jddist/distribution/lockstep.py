@@ -6,7 +6,7 @@ time: the backward of a layer communicates, and so does what is decided in betwe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.utils.weak import WeakIdKeyDictionary
 
-from jddist.errors import LayoutMismatchError, RankError
+from jddist.errors import LayoutMismatchError
 
 from .collectives import Group
 from .grid import Grid, Holding, is_cut_over, is_strided
-from .handshake import Handshake
 from .whole import numel_of
 
 
@@ -31,16 +30,25 @@ class Lockstep:
     Args:
         group: The ranks, or None if nothing is tensor-parallel.
         parameters: All parameters, in an order that is the same on every rank.
+        agree: Tells all ranks of the model what this one is about to differentiate, or what error
+            it ran into, and raises on every rank if that will not do.
 
     Attributes:
         active: Whether there are tensors that are sharded over the group.
         group: The ranks.
+        stopped: Whether the last pass was called off on every rank.
     """
 
-    def __init__(self, group: Group | None = None, parameters: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        group: Group | None = None,
+        parameters: Iterable[Tensor] = (),
+        agree: Callable[[dict[str, Any], Exception | None], object] = lambda *_: None,
+    ) -> None:
         self.active = group is not None
         self.group = group or Group(None)
-        self._handshake = Handshake(self.group)
+        self.stopped = False
+        self._agree = agree
         self._entered = False
         # What all ranks hold alike counts once: each rank answers for some of it.
         self._others: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -70,38 +78,29 @@ class Lockstep:
     @contextmanager
     def pass_ahead(self) -> Iterator[None]:
         """Around all that leads to a pass which begins with ``enter``: what fails before it is
-        heard by the other ranks, which would wait for this one in the middle of a backward."""
-        self._entered = False
+        raised on every rank, since the others would wait for this one in the middle of a backward.
+        """
+        self._entered = self.stopped = False
         try:
             yield
         except Exception as error:
-            if not self._entered:
-                try:
-                    self._enter({}, error)
-                except Exception:
-                    pass  # here the first error counts
+            if self.active and not self._entered:
+                self._enter({}, error)
             raise
 
-    def enter(self, agree: Mapping[str, Any]) -> None:
-        """Begins a pass; all ranks have to.
+    def enter(self, info: dict[str, Any]) -> None:
+        """Begins a pass; all ranks have to. It raises if they are not ready for the same one.
 
         Args:
-            agree: What has to be the same on all of them.
-
-        Raises:
-            LayoutMismatchError: It is not.
-            RankError: Another rank failed.
+            info: What ranks in lockstep have to differentiate alike.
         """
-        if not self._entered:
-            self._enter(agree, None)
+        if self.active and not self._entered:
+            self._enter(info, None)
 
-    def _enter(self, agree: Mapping[str, Any], error: Exception | None) -> None:
-        self._entered = True
-        try:
-            self._handshake("a pass over tensor-parallel layers", agree, {}, error)
-        except RankError as failure:
-            message = "stopped, since another rank of its tensor-parallel group failed"
-            raise RankError(message) from failure
+    def _enter(self, info: dict[str, Any], error: Exception | None) -> None:
+        self._entered = self.stopped = True
+        self._agree(info, error)
+        self.stopped = False
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Which of some flags are set on any rank."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,11 @@ class ShardedColumns(Distribution, ABC):
         for root in roots:
             self.register(root)
         if ranks.tensor is not None:
-            self.lockstep = Lockstep(ranks.tensor, list(self.names))
+            self.lockstep = Lockstep(ranks.tensor, list(self.names), self._agree_on_pass)
+
+    def _agree_on_pass(self, info: dict[str, Any], error: Exception | None) -> None:
+        call = "a pass over tensor-parallel layers"
+        self.by_objectives(self.handshake(call, {}, info, error))
 
     @property
     def roots(self) -> list[nn.Module]:

@@ -26,24 +26,28 @@ def _bytes(tensor: Tensor) -> int:
 def spying(rank: int, world_size: int) -> Iterator[list[tuple[str, float]]]:
     """Yields the list of (operation, bytes sent by this rank), which grows."""
     log: list[tuple[str, float]] = []
-    others = world_size - 1
 
     def wrap(name: str, original: Any, sent: Any) -> Any:
         def spied(*args: Any, **kwargs: Any) -> Any:
-            log.append((name, float(sent(*args))))
+            # A message may go to some of the ranks only.
+            size, place = (f(kwargs["group"]) for f in (dist.get_world_size, dist.get_rank))
+            assert size <= world_size and (size < world_size or place == rank)
+            log.append((name, float(sent(size, place, *args))))
             return original(*args, **kwargs)
 
         return spied
 
-    def all_to_all(output: Tensor, input: Tensor, output_sizes: Any, input_sizes: Any) -> int:
-        return (input.numel() - input_sizes[rank]) * input.element_size()
+    def all_to_all(
+        size: int, place: int, output: Tensor, input: Tensor, output_sizes: Any, input_sizes: Any
+    ) -> int:
+        return (input.numel() - input_sizes[place]) * input.element_size()
 
     spied = {
-        (collectives, "_all_gather"): lambda out, x: others * _bytes(x),
-        (collectives, "_reduce_scatter"): lambda out, x: others / world_size * _bytes(x),
-        (dist, "all_reduce"): lambda x: 2 * others / world_size * _bytes(x),
+        (collectives, "_all_gather"): lambda size, place, out, x: (size - 1) * _bytes(x),
+        (collectives, "_reduce_scatter"): lambda size, place, out, x: (size - 1) / size * _bytes(x),
+        (dist, "all_reduce"): lambda size, place, x: 2 * (size - 1) / size * _bytes(x),
         (dist, "all_to_all_single"): all_to_all,
-        (dist, "broadcast"): lambda x: _bytes(x) if rank == 0 else 0,
+        (dist, "broadcast"): lambda size, place, x: _bytes(x) if place == 0 else 0,
     }
     forbidden = ("all_gather", "gather", "scatter", "reduce", "send", "recv", "all_gather_object")
     patches = [
