@@ -3,15 +3,15 @@
 Each rank has one objective, its own loss, so the Jacobian has one row per rank: the gradient that
 DDP would average. The hook aggregates the rows instead. They become column shards by an
 all-to-all, one all-reduce sums the Gramian, a weighting runs on rank 0, every rank aggregates its
-columns, and an all-gather brings the result together: as many bytes as the ring all-reduce that
-it replaces.
+columns, and an all-gather brings the result together: about as many bytes as the ring all-reduce
+that it replaces.
 """
 
 # No postponed annotations here: DDP reads those of a hook as types.
 import hashlib
 import warnings
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from jddist.distribution.base import Distribution
 from jddist.distribution.collectives import Group
 from jddist.distribution.columns import check_acts_on_columns
 from jddist.errors import NonFiniteObjectiveError, UnsupportedModelError
+
+NonFinite = Literal["raise", "skip", "propagate"]
 
 
 class _Part:
@@ -55,7 +57,7 @@ class RankObjectives:
     """The state of :func:`rank_objectives_hook`: what aggregates the ranks' gradients, and how.
 
     Every rank is one objective. Krum and TrimmedMean make the step robust against ranks that send
-    anything; UPGrad makes it one that no rank's loss objects to; Mean is DDP's own::
+    anything that is finite; UPGrad makes it one that no rank's loss objects to; Mean is DDP's own::
 
         ddp.register_comm_hook(RankObjectives(Krum(n_byzantine=1)), rank_objectives_hook)
 
@@ -72,10 +74,11 @@ class RankObjectives:
         parameters: The parameters in the order of the columns. By default that of the first
             backward, which is the model's for one dtype. It matters to aggregators with random or
             stored values per column (GradDrop, ExcessMTL, MoCo, DBMTL) alone.
-        process_group: DDP's process group; by default that of all ranks.
+        process_group: DDP's process group; by default that of all ranks. ``register`` finds it.
         nonfinite: What to do if a rank's gradient has a NaN or an infinity: "raise"
             NonFiniteObjectiveError on every rank at the end of the backward, with all ``.grad``
-            None; or "skip": a warning, and gradients of zero for that step (or bucket).
+            None; "skip": a warning, and gradients of zero for that step (or bucket); "propagate":
+            gradients of NaN on every rank, by which a GradScaler knows to skip the step.
 
     Attributes:
         weights: Of the last backward, for each Jacobian the weights [W], the same on all ranks;
@@ -96,7 +99,7 @@ class RankObjectives:
         together: bool = True,
         parameters: Iterable[Tensor] | None = None,
         process_group: ProcessGroup | None = None,
-        nonfinite: Literal["raise", "skip"] = "raise",
+        nonfinite: NonFinite = "raise",
     ) -> None:
         if not isinstance(aggregator, Aggregator):
             raise ValueError(
@@ -110,8 +113,10 @@ class RankObjectives:
                 "aggregator without state, since every bucket is a Jacobian of its own and DDP "
                 "changes its buckets. Pass together=True."
             )
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"Found nonfinite={nonfinite!r}; expected 'raise' or 'skip'.")
+        if nonfinite not in get_args(NonFinite):
+            raise ValueError(
+                f"Found nonfinite={nonfinite!r}; expected one of {get_args(NonFinite)}."
+            )
         self.aggregator = aggregator
         self.together = together
         self.nonfinite = nonfinite
@@ -180,8 +185,12 @@ class RankObjectives:
             except NonFiniteObjectiveError as failure:
                 if self.nonfinite == "raise":
                     raise
-                warnings.warn(f"{failure} This step's gradients are zero.", stacklevel=2)
-                vector, weights = rows.new_zeros(rows.shape[1]), rows.new_zeros(len(counts))
+                fill = torch.nan
+                if self.nonfinite == "skip":
+                    warnings.warn(f"{failure} This step's gradients are zero.", stacklevel=2)
+                    fill = 0.0
+                vector = rows.new_full((rows.shape[1],), fill)
+                weights = rows.new_full((len(counts),), fill)
             pieces = vector.split([gradient.numel() for gradient in gradients])
             for gradient, piece in zip(gradients, pieces, strict=True):
                 gradient.copy_(piece.view(gradient.shape))

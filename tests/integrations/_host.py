@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 WORLDS = (2, 3)
 
 
-def results_of(module: str, folder: Path, *, timeout: float = 240) -> dict[int, list[Any]]:
+def results_of(module: str, folder: Path, *, timeout: float = 400) -> dict[int, list[Any]]:
     """What ``run`` of a module beside this one returned, by number of ranks and by rank."""
     file = folder / f"{module}.pt"
     env = {

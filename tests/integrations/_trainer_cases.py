@@ -101,9 +101,10 @@ def run(rank: int, world_size: int) -> dict[str, Any]:
             # The Trainer's loaders pin memory by default.
             warnings.filterwarnings("ignore", ".*pin_memory.*")
             result = {n: _case(rank, world_size, Path(folder[0]), **c) for n, c in CASES.items()}
-            result["classes"] = _classes(world_size, Path(folder[0]))
-            result["resumed"] = _resumed(world_size, Path(folder[0]))
-            result["refused"] = _refused(rank, world_size, Path(folder[0]))
+            if world_size == 2:
+                result["classes"] = _classes(world_size, Path(folder[0]))
+                result["resumed"] = _resumed(world_size, Path(folder[0]))
+                result["refused"] = _refused(rank, world_size, Path(folder[0]))
     finally:
         dist.barrier()
         if rank == 0:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -194,7 +195,7 @@ def _reference(case: dict[str, Any], world_size: int, buckets: list[Any]) -> lis
     return result
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_option_takes_the_step_of_one_process(world_size: int) -> None:
     names = [
         n for n, c in CASES.items() if world_size == 4 or c["aggregator"] in ("mean", "upgrad")
@@ -218,7 +219,14 @@ def test_every_option_takes_the_step_of_one_process(world_size: int) -> None:
     assert all(len(step) >= 3 for step in ranks[0]["unused"]["buckets"])
 
 
-def _half(rank: int, world_size: int, dtype: torch.dtype) -> list[Tensor]:
+HALF = (torch.bfloat16, torch.float16)
+
+
+def _halves(rank: int, world_size: int) -> list[list[Tensor]]:
+    return [_half(rank, dtype) for dtype in HALF]
+
+
+def _half(rank: int, dtype: torch.dtype) -> list[Tensor]:
     """Rows of half precision that nearly cancel, where rounded weights would show."""
     model = nn.Linear(40, 1, bias=False).to(dtype)
     ddp = _wrap(model)
@@ -230,19 +238,34 @@ def _half(rank: int, world_size: int, dtype: torch.dtype) -> list[Tensor]:
     row = (common * (-1) ** rank + 0.3 * torch.randn(40)).to(dtype)
     ddp(row[None]).sum().backward()
     assert model.weight.grad is not None
-    return [row, model.weight.grad[0], *[w for w in state.weights if w is not None]]
+    result = [row, model.weight.grad[0], *[w for w in state.weights if w is not None]]
+    return [*result, _in_pairs(row, rank)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_aggregated_in_float32(dtype: torch.dtype) -> None:
-    ranks = run_ranks(_half, 4, dtype)
-    rows = torch.stack([row for row, *_ in ranks]).float()
-    expected = UPGrad()(rows.double())
-    for _, found, weights in ranks:
-        assert found.dtype == dtype and weights.dtype == torch.float32
-        # No further off than by rounding the result alone, plus a margin for ties.
-        rounding = relative_error(expected.to(dtype), expected)
-        assert relative_error(found, expected) <= 1.1 * rounding
+def _in_pairs(row: Tensor, rank: int) -> Tensor:
+    """The same by two wrappers, each over a process group of two ranks."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = nn.Linear(40, 1, bias=False).to(row.dtype)
+    ddp = _wrap(model, process_group=groups[rank // 2])
+    RankObjectives(UPGrad()).register(ddp)
+    ddp(row[None]).sum().backward()
+    assert model.weight.grad is not None
+    return model.weight.grad[0]
+
+
+def test_half_precision_is_aggregated_in_float32() -> None:
+    results = run_ranks(_halves, 4)
+    for i, dtype in enumerate(HALF):
+        ranks = [result[i] for result in results]
+        rows = torch.stack([row for row, *_ in ranks]).double()
+        expected = UPGrad()(rows)
+        for rank, (_, found, weights, in_pairs) in enumerate(ranks):
+            pair = rows[rank // 2 * 2 :][:2]
+            assert relative_error(in_pairs, UPGrad()(pair)) <= 5e-3
+            assert found.dtype == dtype and weights.dtype == torch.float32
+            # No further off than by rounding the result alone, plus a margin for ties.
+            rounding = relative_error(expected.to(dtype), expected)
+            assert relative_error(found, expected) <= 1.1 * rounding
 
 
 def _message(fn: Callable[[], Any], kind: type[Exception]) -> str:
@@ -253,11 +276,23 @@ def _message(fn: Callable[[], Any], kind: type[Exception]) -> str:
     raise AssertionError(f"expected {kind.__name__}")
 
 
-def _failures(rank: int, world_size: int, views: bool, together: bool) -> dict[str, Any]:
+# Options of DDP, and whether all buckets are aggregated together.
+FAILING: list[tuple[dict[str, Any], bool]] = [
+    ({"static_graph": True}, True),
+    ({"gradient_as_bucket_view": True}, True),
+    ({}, False),
+]
+
+
+def _all_failures(rank: int, world_size: int) -> list[dict[str, Any]]:
+    return [_failures(rank, *case) for case in FAILING]
+
+
+def _failures(rank: int, options: dict[str, Any], together: bool) -> dict[str, Any]:
     model = _model()
     model.never.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    ddp = _wrap(model, gradient_as_bucket_view=views, **TINY)
+    ddp = _wrap(model, **options, **TINY)
     state = RankObjectives(TrimmedMean(trim_number=1), together=together)
     ddp.register_comm_hook(state, rank_objectives_hook)
 
@@ -266,9 +301,10 @@ def _failures(rank: int, world_size: int, views: bool, together: bool) -> dict[s
         (_loss(ddp, rank, 0) * factor).backward()
 
     result: dict[str, Any] = {}
+    bad = float("nan") if rank == 2 else 1.0
+    result["nan at first"] = _message(lambda: backward(bad), NonFiniteObjectiveError)
     backward()
     first = flatten([p.grad for p in trained])
-    bad = float("nan") if rank == 2 else 1.0
     result["nan"] = _message(lambda: backward(bad), NonFiniteObjectiveError)
     result["grads after nan"] = sum(p.grad is not None for p in trained)
     backward()
@@ -287,8 +323,16 @@ def _failures(rank: int, world_size: int, views: bool, together: bool) -> dict[s
         backward(bad)
     result["warned"] = str(caught[0].message)
     result["skipped"] = float(flatten([p.grad for p in trained]).abs().sum())
+    state.nonfinite = "propagate"
+    backward(bad)
+    result["propagated"] = bool(flatten([p.grad for p in trained]).isnan().all())
     backward()
     result["recovers again"] = torch.equal(flatten([p.grad for p in trained]), first)
+    sparse = _wrap(nn.Embedding(3, 2, sparse=True))
+    sparse.register_comm_hook(RankObjectives(Mean()), rank_objectives_hook)
+    result["sparse"] = _message(
+        lambda: sparse(torch.tensor([rank % 3])).sum().backward(), UnsupportedModelError
+    )
     result["engine"] = _message(
         lambda: Engine(ddp, batch_dim=0).backward(ddp(_data(rank, 0)[0]).sum(1), _equal_weights),
         UnsupportedModelError,
@@ -300,9 +344,9 @@ def _equal_weights(gramian: Tensor) -> Tensor:
     return gramian.new_full(gramian.shape[:1], 1 / len(gramian))
 
 
-@pytest.mark.parametrize(("views", "together"), [(False, True), (True, True), (False, False)])
-def test_failures_reach_every_rank_and_training_may_go_on(views: bool, together: bool) -> None:
-    for found in run_ranks(_failures, 4, views, together):
+def test_failures_reach_every_rank_and_training_may_go_on() -> None:
+    for found in (case for rank in run_ranks(_all_failures, 4) for case in rank):
+        assert "(rank 2)" in found["nan at first"] and found["propagated"]
         assert "(rank 2)" in found["nan"] and "NaN" in found["nan"]
         assert found["grads after nan"] == found["grads after settings"] == 0
         assert found["recovers"] and found["recovers again"]
@@ -310,7 +354,7 @@ def test_failures_reach_every_rank_and_training_may_go_on(views: bool, together:
         assert "Krum" in found["weighting"] and "rank 0" in found["weighting"]
         assert "Trimming 3" in found["aggregator"]
         assert "(rank 2)" in found["warned"] and found["skipped"] == 0.0
-        assert "communication hook" in found["engine"]
+        assert "communication hook" in found["engine"] and "sparse=False" in found["sparse"]
 
 
 def _joined(rank: int, world_size: int) -> Tensor:
