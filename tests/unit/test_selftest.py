@@ -163,6 +163,17 @@ def test_a_hang_ends_with_a_message_and_the_table() -> None:
     assert "sleeps" in result.stdout and "NOT ok" in result.stdout
 
 
+@pytest.mark.parametrize(("error", "code"), [(0.0, 0), (0.5, 1), (math.nan, 1)])
+def test_the_exit_code_says_whether_all_is_well(
+    error: float, code: int, capfd: pytest.CaptureFixture[str], no_group: pytest.MonkeyPatch
+) -> None:
+    checks = [Check("only", lambda _: Finding(error, tolerance=0.1))]
+    no_group.setattr("jddist.selftest.__main__.collective_checks", lambda: checks)
+    no_group.setattr("jddist.selftest.__main__.training_checks", lambda _: [])
+    found, _ = _main(capfd)
+    assert found == code and not dist.is_initialized()
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_one_process_needs_no_torchrun(alone: bool) -> None:
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"} if alone else {}
