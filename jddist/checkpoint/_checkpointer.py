@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,21 +15,20 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from jddist._progress import enter, progress
-from jddist._version import __version__
 from jddist.errors import CheckpointError
 
-from . import _random, _storage
-from ._directory import Directory, fingerprint, write
+from . import _random
+from ._directory import Directory
 from ._ranks import Ranks
+from ._reading import checked_manifest, read_checkpoint
 from ._state import RunState
-from ._structure import from_bytes, to_bytes
-
-_STRUCTURE = "structure.pt"
+from ._structure import to_bytes
+from ._writing import Snapshot, write_checkpoint
 
 
 class HasState(Protocol):
@@ -56,17 +54,6 @@ class Loaded:
     position: dict[str, Any]
     path: Path
     skipped: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """A run at the moment of a save. Nothing here changes with the run, once tensors are staged."""
-
-    step: int
-    position: str
-    structure: bytes
-    tensors: dict[str, Tensor]
-    random: bytes
 
 
 class Checkpointer:
@@ -118,7 +105,7 @@ class Checkpointer:
         self._ranks = Ranks(process_group)
         self._corrupt: set[str] = set()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="jddist-checkpoint")
-        self._pending: Future[Path] | None = None
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -160,13 +147,13 @@ class Checkpointer:
         """
         self.wait()
         enter("checkpoint")
-        snapshots: list[_Snapshot] = []
+        snapshots: list[Snapshot] = []
 
         def capture() -> dict[str, Any]:
             structure, tensors = self._state.capture()
             place = json.dumps(dict(position or {}), sort_keys=True)
             random_state = to_bytes(_random.capture())
-            snapshots.append(_Snapshot(step, place, to_bytes(structure), tensors, random_state))
+            snapshots.append(Snapshot(step, place, to_bytes(structure), tensors, random_state))
             sharded = sorted(n for n, t in tensors.items() if isinstance(t, DTensor))
             names = json.dumps([sorted(tensors), sharded])
             digest = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
@@ -231,7 +218,7 @@ class Checkpointer:
         skipped: dict[str, str] = {}
         for name in names:
             try:
-                manifest = self._checked(name)
+                manifest = checked_manifest(self._ranks, self._directory, name)
             except CheckpointError as error:
                 skipped[name] = str(error)
                 self._corrupt.add(name)
@@ -239,6 +226,7 @@ class Checkpointer:
                     warnings.warn(f"Passed over a damaged checkpoint. {error}", stacklevel=2)
                 continue
             return self._load(name, manifest, skipped)
+        enter("forward")
         if skipped:
             raise CheckpointError(
                 f"Found no intact checkpoint in {self.directory}: {'; '.join(skipped.values())}. "
@@ -257,108 +245,22 @@ class Checkpointer:
         """
         self.wait()
         enter("checkpoint")
-        return self._load(name, self._checked(name), {})
+        return self._load(name, checked_manifest(self._ranks, self._directory, name), {})
 
-    def _write(self, snapshot: _Snapshot) -> Path:
-        ranks, step = self._ranks, snapshot.step
-        begun: list[str] = []
-
-        def begin() -> str:
-            name, _ = self._directory.begin(step)
-            begun.append(name)
-            return name
-
-        what = f"Saving the checkpoint of step {step} in {self.directory}"
-        try:
-            name = ranks.run_on_first(what, begin)
-            partial = self._directory.partial(name)
-            try:
-                _storage.save(snapshot.tensors, partial, ranks.process_group)
-            except CheckpointError as error:
-                raise CheckpointError(f"{what} failed on {error}") from error
-
-            def write_rest() -> dict[str, Any]:
-                write(partial / f"random-{ranks.rank}.pt", snapshot.random)
-                mine = [f"random-{ranks.rank}.pt"]
-                mine += [p.name for p in partial.glob(f"__{ranks.rank}_*.distcp")]
-                if ranks.rank == 0:
-                    write(partial / _STRUCTURE, snapshot.structure)
-                    mine += [_STRUCTURE, ".metadata"]
-                files = {file: fingerprint(partial / file) for file in mine}
-                return {"files": files, "random": _random.digest(from_bytes(snapshot.random))}
-
-            told = ranks.run(what, write_rest)
-            manifest = {
-                "step": step,
-                "position": json.loads(snapshot.position),
-                "ranks": ranks.size,
-                "seeded alike": len({t["random"] for t in told}) == 1,
-                "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "jddist": __version__,
-                "torch": torch.__version__,
-                "files": {file: entry for t in told for file, entry in t["files"].items()},
-            }
-            ranks.run_on_first(what, lambda: self._directory.finish(name, manifest))
-        except Exception as error:
-            for name in begun:
-                self._directory.abandon(name)
-            if isinstance(error, CheckpointError):
-                raise CheckpointError(
-                    f"{error}. No checkpoint was added; those that were there are untouched."
-                ) from error
-            raise
+    def _write(self, snapshot: Snapshot) -> None:
+        ranks, directory = self._ranks, self._directory
+        name = write_checkpoint(ranks, directory, snapshot)
 
         def tidy_up() -> None:
-            self._directory.point_to(name)
-            self._directory.prune(self._keep, self._corrupt)
+            directory.point_to(name)
+            directory.prune(self._keep, self._corrupt)
 
         ranks.run_on_first(f"Tidying up after the checkpoint {name}, which is complete,", tidy_up)
         self._corrupt.clear()
-        return self.directory / name
-
-    def _checked(self, name: str) -> dict[str, Any]:
-        """The manifest of a checkpoint, all of whose files are intact."""
-        what = f"Reading the checkpoint {name} in {self.directory}"
-        manifest: dict[str, Any] = self._ranks.run_on_first(
-            what, lambda: self._directory.manifest(name)
-        )
-        files = sorted(manifest["files"].items())
-        mine = dict(files[self._ranks.rank :: self._ranks.size])  # each rank checks some
-        self._ranks.run(what, lambda: self._directory.check(name, mine))
-        return manifest
 
     def _load(self, name: str, manifest: dict[str, Any], skipped: dict[str, str]) -> Loaded:
-        ranks, path = self._ranks, self.directory / name
-        what = f"Loading the checkpoint {name} in {self.directory}"
-        tensors: dict[str, Tensor] = {}
-        structures: list[list[Any]] = []
-
-        def prepare() -> None:
-            structure = from_bytes((path / _STRUCTURE).read_bytes())
-            structures.append(structure)
-            tensors.update(self._state.targets(structure))
-
-        ranks.run(what, prepare)  # whatever does not fit is found here, before anything changes
-        try:
-            _storage.load(tensors, path, ranks.process_group)
-        except CheckpointError as error:
-            raise CheckpointError(f"{what} failed on {error}") from error
-
-        def apply() -> None:
-            self._state.apply(structures[0], tensors)
-            self._resume_random(path, manifest)
-
-        ranks.run(what, apply)
+        path = self.directory / name
+        read_checkpoint(self._ranks, self._state, path, manifest)
         progress.step = manifest["step"]
         enter("forward")
         return Loaded(manifest["step"], manifest["position"], path, skipped)
-
-    def _resume_random(self, path: Path, manifest: dict[str, Any]) -> None:
-        saved, rank = manifest["ranks"], self._ranks.rank
-        first = from_bytes((path / "random-0.pt").read_bytes())
-        if rank < saved:
-            _random.restore(from_bytes((path / f"random-{rank}.pt").read_bytes()))
-        elif manifest["seeded alike"]:
-            _random.restore(first)
-        else:
-            _random.seed_anew(first, rank)

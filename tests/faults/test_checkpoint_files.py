@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from jddist.checkpoint import _checkpointer, _storage
+from jddist.checkpoint import _storage
 from jddist.checkpoint._directory import Directory, fingerprint
 from jddist.errors import CheckpointError
 from tests.faults._run import Run
@@ -43,7 +43,7 @@ def test_a_save_in_the_background_is_of_its_moment(
         time.sleep(0.3)
         save(*arguments)
 
-    monkeypatch.setattr(_checkpointer._storage, "save", slowly)
+    monkeypatch.setattr(_storage, "save", slowly)
     started = time.monotonic()
     run.save(wait=False)
     assert time.monotonic() - started < 0.3
