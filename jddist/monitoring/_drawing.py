@@ -115,22 +115,24 @@ def lines(
     theme: Theme,
     *,
     log: bool = False,
+    shares: bool = False,
 ) -> None:
     """One line for each column [T, m], of at most as many as there are colours.
 
-    Of many steps, the line is a running median, before the values themselves in a faint colour.
+    Of many steps, the line is a running median (of ``shares``, a running mean), before the values
+    themselves in a faint colour.
     """
     xs, ys = thinned(steps, values)
     marker = "o" if len(xs) < 3 else None
-    medians = ys
+    drawn = ys
     if len(xs) >= 60:
-        medians = smoothed(ys, len(xs) // 20)
+        drawn = smoothed(ys, len(xs) // 20, means=shares)
         for i in range(len(names)):
             axes.plot(xs, ys[:, i], color=theme.series[i % len(theme.series)], lw=0.7, alpha=0.3)
     for i, name in enumerate(names):
         axes.plot(
             xs,
-            medians[:, i],
+            drawn[:, i],
             linestyle=STYLES[i % len(STYLES)],
             color=theme.series[i % len(theme.series)],
             label=name,

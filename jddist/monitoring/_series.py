@@ -111,16 +111,16 @@ def thinned(steps: Array, values: Array, most: int = MOST_POINTS) -> tuple[Array
     return np.array([steps[part].mean() for part in parts]), np.array(means)
 
 
-def smoothed(values: Array, width: int) -> Array:
-    """Medians over ``width`` neighbours of values [T, m], fewer at the ends; NaN left out."""
-    half = width // 2
+def smoothed(values: Array, width: int, *, means: bool = False) -> Array:
+    """Medians or means over ``width`` neighbours of values [T, m], fewer at the ends; NaN left
+    out. Medians keep single outliers out; means suit shares, which take few values."""
+    half, middle = width // 2, np.nanmean if means else np.nanmedian
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # windows of NaN alone
-        medians = [
-            np.nanmedian(values[max(0, i - half) : i + half + 1], axis=0)
-            for i in range(len(values))
+        found = [
+            middle(values[max(0, i - half) : i + half + 1], axis=0) for i in range(len(values))
         ]
-    return np.array(medians)
+    return np.array(found)
 
 
 def latest_mean(values: Sequence[Array], share: float = 0.25) -> Array:

@@ -76,7 +76,7 @@ def conflicts(run: Run, theme: Theme = _LIGHT) -> Figure | None:
     with style(theme):
         figure, (axes,) = new_figure()
         names = ["pairs of gradients", "update and a gradient"]
-        lines(axes, drawn[0].steps, np.stack(values, axis=1), names, theme)
+        lines(axes, drawn[0].steps, np.stack(values, axis=1), names, theme, shares=True)
         as_percentages(axes)
         axes.set_ylabel("in conflict")
     return figure
@@ -222,7 +222,7 @@ def _numbers(
             heat_over_steps(axes, groups[0].steps, stacked, titles, theme, label=label, log=log)
             return figure
         figure, (axes,) = new_figure()
-        lines(axes, groups[0].steps, stacked, names, theme, log=log)
+        lines(axes, groups[0].steps, stacked, names, theme, log=log, shares=share)
         if share:
             as_percentages(axes)
         axes.set_ylabel(label)

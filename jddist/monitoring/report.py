@@ -53,7 +53,8 @@ def as_html(run: Run) -> str:
     """The page of a run, as text."""
     footer = (
         "Rates, cosines and imbalance on top are means over the last quarter of the records. Of "
-        "many records, lines are running medians, with the values in a faint colour behind them. "
+        "many records, lines are running medians (of shares, means), with the values in a faint "
+        "colour behind them. "
         f"Made by jddist {__version__} from {run.path.name}, on "
         f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}."
     )
@@ -171,7 +172,8 @@ def _sections(run: Run) -> list[tuple[str, list[Card]]]:
     if one_group:
         conflicts_caption = (
             "Pairs of gradients with a negative inner product; and gradients with which the update "
-            f"has one (cosine below {CONFLICT:g}): objectives that a small step makes worse."
+            f"has one (cosine below {CONFLICT:g}): objectives that a small step makes worse. "
+            "UPGrad leaves some, by its reg_eps, where lengths differ by orders of magnitude."
         )
     text = {
         "weights": ("Weights", weights_caption),
