@@ -108,3 +108,30 @@ def test_held_memory_is_used_again_and_limited() -> None:
     assert other is not None
     scratch.give_back(other)
     assert len(scratch._free) == 1
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+@pytest.mark.parametrize("k", [1, 2])
+def test_products_with_others_while_the_own_are_made(k: int, budget: int, keep: bool) -> None:
+    """``add_gramian_and_crosses`` against the rows themselves, in one tile and in many."""
+    torch.manual_seed(0)
+
+    def block(b: int, t: int, ones: bool, dtype: torch.dtype) -> OuterBlock:
+        a = torch.randn(b, t, 4, dtype=dtype)
+        return OuterBlock(a, torch.randn(b, k, t, 7, dtype=dtype), ones=ones)
+
+    mine = block(5, 9, False, torch.float64)
+    others = [block(3, 2, True, torch.float64), block(6, 4, False, torch.float32)]
+    rows = [b.rows()[:, : 7 * 4].double() for b in (mine, *others)]
+    scratch = Scratch(budget)
+    for one in (mine, *others):
+        one.lend(scratch, keep=keep and one is mine)
+    total = torch.zeros(5 * k, 5 * k, dtype=torch.float64)
+    crosses = [torch.ones(5 * k, o.num_rows, dtype=torch.float64) for o in others]
+    mine.add_gramian_and_crosses(total, others, crosses)
+    assert relative_error(total.tril(), (rows[0] @ rows[0].T).tril()) <= 1e-12
+    for cross, theirs, bound in zip(crosses, rows[1:], (1e-12, 1e-6), strict=True):
+        assert relative_error(cross - 1, rows[0] @ theirs.T) <= bound
+    weights = torch.randn(5 * k, dtype=torch.float64)
+    assert relative_error(mine.combine(weights), rows[0].T @ weights) <= 1e-12
