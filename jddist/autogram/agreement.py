@@ -132,7 +132,7 @@ class Agreement:
                     self.check_modules()
                     local = find_local()
             except Exception as failure:  # it is raised again on every rank, by the handshake
-                if distribution.lockstep.stopped:  # it was already
+                if passes and distribution.lockstep.stopped:  # it was already
                     raise
                 error = explained(failure)
         agree = {**local.agree, **self.reporter.to_agree()}

@@ -26,8 +26,9 @@ def attach(
 
     Args:
         model: The wrapped model (in DistributedDataParallel or fully_shard, as a whole or in
-            parts), a DeepSpeed engine, or a plain model in a single process. Every rank has to
-            call, since a group for small messages may be created.
+            parts), one with layers of parallelize_module, in fully_shard or not, a DeepSpeed
+            engine, or a plain model in a single process. Every rank has to call, since a group for
+            small messages may be created.
         objectives: Where the rows of the Jacobian live: ``Shard(0)`` if every rank has objectives
             of its own, ``Partial("avg")`` or ``Partial("sum")`` if every rank has an estimate of
             the same objectives. ``backward`` and ``jac`` need it on several ranks;

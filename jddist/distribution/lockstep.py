@@ -109,25 +109,32 @@ class Lockstep:
         header = torch.tensor([int(flag) for flag in flags], dtype=torch.int64)
         return (self.group.gather_header(header) > 0).any(dim=0).tolist()
 
-    def check_same(self, values: Mapping[str, Tensor], tolerance: float) -> None:
+    def check_same(
+        self, values: Mapping[str, Tensor], tolerance: float, floor: float = 0.0
+    ) -> None:
         """Raises LayoutMismatchError on every rank if any of them has other values.
 
         Args:
             values: Numbers that follow from the same batch and the same parameters.
             tolerance: By how much they may differ, relative to the largest of each name.
+            floor: By how much they may differ besides, relative to the largest of all: some
+                gradients are zero but for rounding.
         """
         if self.group.size == 1 or not values:
             return
         parts = [value.detach().reshape(-1).double().cpu() for value in values.values()]
         header = torch.cat(parts).view(torch.int64)
         gathered = self.group.gather_header(header).view(torch.float64)
-        found = gathered.split([len(part) for part in parts], dim=1)
+        largest = gathered.nan_to_num(0.0, 0.0, 0.0).abs().amax() if len(header) else 0.0
         wrong = [
             name
-            for name, of_ranks in zip(values, found, strict=True)
+            for name, of_ranks in zip(
+                values, gathered.split([len(part) for part in parts], dim=1), strict=True
+            )
             if of_ranks.numel()
             and bool(of_ranks.isfinite().all())
-            and bool((of_ranks - of_ranks[0]).abs().max() > tolerance * of_ranks.abs().max())
+            and float((of_ranks - of_ranks[0]).abs().max())
+            > tolerance * float(of_ranks.abs().max()) + floor * float(largest)
         ]
         if wrong:
             listed = ", ".join(wrong[:8])

@@ -138,6 +138,10 @@ def _failures(rank: int, world_size: int) -> dict[str, Any]:
             losses(), inputs=[torch.ones(2, requires_grad=True)] if culprit else None
         ),
         "other call": other_call,
+        # After a pass that was called off, and without a pass of its own.
+        "no graph, weights": lambda: engine.backward(
+            losses().detach() if culprit else losses(), torch.ones(8, dtype=x.dtype)
+        ),
         "weighting": lambda: engine.backward(losses(), raising),
         "sharded objectives": lambda: partial_sum(engine.compute_gramian),
         "sharded objectives, rows": lambda: partial_sum(lambda v: backward(v)),
@@ -169,6 +173,7 @@ EXPECTED = {
     "anything: rank 1 raised ValueError: Found an output that does not require a gradient",
     "no graph, rows": "RankError: backward failed before the ranks exchanged anything: rank 1",
     "other call": "different calls",
+    "no graph, weights": "RankError: Engine.backward failed before the ranks exchanged anything",
     "weighting": "RankError: The weighting failed on rank 0: RuntimeError: a weighting of the",
     "sharded objectives": "ValueError: Found objectives in a DTensor placed as (Shard(dim=0),",
     "sharded objectives, rows": "ValueError: Found objectives in a DTensor placed as (Shard(dim=",
