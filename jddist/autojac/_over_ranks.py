@@ -84,7 +84,7 @@ def aggregate_over_ranks(
             info["present"].append([j is not None for j in jacs])
             info["rows"].append(next((len(j) for j in jacs if j is not None), None))
             info["placement"].append(None if placement is None else repr(placement))
-            info["shared"].append(None if observers else _to_share_out(aggregator))
+            info["shared"].append(_to_share_out(aggregator))
         names = [[distribution.names.get(t, "?") for t in group] for group in groups]
         digest = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
         agree = {
