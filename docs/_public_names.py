@@ -40,13 +40,17 @@ def public_modules() -> list[str]:
 
 
 def public_names() -> dict[str, object]:
-    """The public names of all public modules, with what they stand for."""
+    """The public functions and classes of all public modules, by name."""
     found: dict[str, object] = {}
     for name in public_modules():
         module = importlib.import_module(name)
         own = [k for k, v in vars(module).items() if getattr(v, "__module__", None) == name]
         words = getattr(module, "__all__", own)
-        found |= {f"{name}.{w}": getattr(module, w) for w in words if not w.startswith("_")}
+        found |= {
+            f"{name}.{word}": getattr(module, word)
+            for word in words
+            if not word.startswith("_") and callable(getattr(module, word))
+        }
     return found
 
 

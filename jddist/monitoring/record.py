@@ -207,9 +207,9 @@ class Record:
     names: tuple[str, ...] | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Every number of the record by a name with slashes, as W&B and TensorBoard like them::
+        """Every number of the record by a name with slashes, as W&B and TensorBoard like them.
 
-        Recorder(run_dir, sinks=[lambda record: wandb.log(record.scalars(), record.step)])
+        A sink for W&B is ``lambda record: wandb.log(record.scalars(), record.step)``.
         """
         found: dict[str, float] = {}
         for summary in self.groups:

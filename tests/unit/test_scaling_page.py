@@ -1,6 +1,6 @@
 """The planning tables of docs/scaling.md are what the planner says.
 
-``python -m tests.unit.test_scaling_page`` prints them anew.
+``python -m tests.unit.test_scaling_page`` writes them anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ TITLES = {
     "cnn": "CNN, batch 64",
     "transformer192": "transformer, batch 32 × 64 positions",
 }
+LINE = re.compile(r"^\| (?:MLP|CNN|transformer), .*$", flags=re.MULTILINE)
 TABLES: dict[Prefer, tuple[int, ...]] = {"bytes": (2, 8, 64, 1024), "time": (64, 1024)}
 
 
@@ -65,13 +66,16 @@ def test_the_tables(model: str) -> None:
 
 
 def test_no_other_lines() -> None:
-    found = re.findall(r"^\| (?:MLP|CNN|transformer),.*$", PAGE.read_text(), flags=re.MULTILINE)
+    found = LINE.findall(PAGE.read_text())
     assert len(found) == len(TITLES) * sum(map(len, TABLES.values()))
 
 
+def rewrite() -> None:
+    """Puts the lines into the page, in the places of those that are there."""
+    new = [line(m, w, prefer) for prefer, counts in TABLES.items() for m in TITLES for w in counts]
+    lines = iter(new)
+    PAGE.write_text(LINE.sub(lambda _: next(lines), PAGE.read_text()))
+
+
 if __name__ == "__main__":
-    for prefer, counts in TABLES.items():
-        print(f"\n{prefer}")
-        for model in TITLES:
-            for ranks in counts:
-                print(line(model, ranks, prefer), flush=True)
+    rewrite()
