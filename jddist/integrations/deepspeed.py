@@ -12,7 +12,6 @@ The loop stays DeepSpeed's own::
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -28,13 +27,9 @@ from jddist.distribution.select import select
 from jddist.distribution.zero import Zero
 from jddist.errors import UnsupportedModelError
 
-try:
-    importlib.import_module("deepspeed")
-except ImportError as error:
-    raise ImportError(
-        "Found no package deepspeed; expected it for jddist.integrations.deepspeed. Install it "
-        'with: pip install "jddist[deepspeed]"'
-    ) from error
+from ._extra import require
+
+require("deepspeed", "deepspeed")
 
 
 def attach(
