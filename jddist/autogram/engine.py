@@ -376,7 +376,10 @@ class Engine:
         Until then all batches' graphs stay in memory, and what the closed forms keep of them: of a
         layer its inputs and the gradients of its outputs; with ``Partial`` also m times the
         parameters. On several ranks, rows of ``Shard(0)`` are exchanged in full. Every rank has to
-        enter with at least one batch, which may be empty.
+        enter with at least one batch, which may be empty; in fully_shard, whose forwards are a
+        matter of all ranks, with as many batches as the others. There tasks (``Partial``) are
+        differentiated and reduced batch by batch: no graph is kept, and of the rows this rank's
+        columns of their sum.
 
         Yields:
             What holds the weights, once the context has ended.

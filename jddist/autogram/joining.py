@@ -9,12 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from jddist.distribution.base import is_average
 from jddist.distribution.counts import Count
+from jddist.distribution.fully_shard import FullyShard
 from jddist.errors import UnsupportedModelError
 
 from .accumulation import Accumulation, Joined, MicroBatch
 from .agreement import Agreement
 from .contribution import Contribution
+from .joined_rows import JoinedRows
+from .layout import OutputLayout
+from .local_pass import Blocks
 from .step import Step, Weigher
 
 
@@ -30,6 +35,7 @@ class Joining:
     agreement: Agreement
     step: Step
     _current: Accumulation | None = field(default=None, init=False)
+    _rows: JoinedRows = field(default_factory=JoinedRows, init=False)
 
     @property
     def is_open(self) -> bool:
@@ -44,17 +50,21 @@ class Joining:
                 "Found engine.accumulate() inside of engine.accumulate(); expected one. Give all "
                 "batches to the outer one."
             )
-        if self.agreement.contributor.distribution.reduces_every_backward:
+        distribution = self.agreement.contributor.distribution
+        if distribution.reduces_every_backward and not self._on_shards:
             raise UnsupportedModelError(
-                "Found engine.accumulate() with fully_shard or DeepSpeed, which reduce after every "
-                "backward; expected another wrapper. Take larger batches, or a step per "
-                "micro-batch."
+                "Found engine.accumulate() with DeepSpeed, or with tensor parallelism in "
+                "fully_shard, which reduce after every backward; expected another wrapper. Take "
+                "larger batches, or a step per micro-batch."
             )
         accumulation = self._current = Accumulation()
+        self._rows = JoinedRows()
         try:
             yield accumulation
         except Exception as error:
-            self._current = None
+            self._current, self._rows = None, JoinedRows()
+            if self._on_shards:
+                raise  # the others may be in a forward, whose messages those of a call would meet
             try:
                 self._finish(accumulation, error)
             except Exception:
@@ -73,6 +83,9 @@ class Joining:
     ) -> None:
         """Computes the blocks of one batch and keeps them."""
         assert self._current is not None
+        if self._on_shards:
+            self._add_on_shards(output, weighting, count, scale)
+            return
         contributor = self.agreement.contributor
         distribution = contributor.distribution
         with distribution.lockstep.pass_ahead():
@@ -84,9 +97,68 @@ class Joining:
         batch = MicroBatch(output, layout, blocks, counts, contributor.local_pass.samples)
         self._current.add(batch, weighting, None if scale is None else float(scale))
 
+    def _add_on_shards(
+        self,
+        output: Tensor,
+        weighting: Weigher | Tensor,
+        count: Count | None,
+        scale: float | Tensor | None,
+    ) -> None:
+        """Every rank adds a batch at the same time, and all fail if one does."""
+        assert self._current is not None
+        contributor = self.agreement.contributor
+        local_pass, call = contributor.local_pass, "a batch of Engine.accumulate"
+        layout: OutputLayout | None = None
+        blocks: Blocks = []
+        counts: list[float] | None = None
+        if contributor.by_passes:
+            agreed = self.agreement.of_output(call, output, count, step=True, retain_graph=False)
+            self._rows.add(agreed, output, is_average(contributor.placement))
+            layout, output = agreed.layout.local, output.detach()
+        else:
+            error: Exception | None = None
+            with contributor.distribution.first_pass():
+                try:
+                    layout = contributor.layout_of(output)
+                    self.agreement.check_modules()
+                    blocks = local_pass.blocks(output, layout)
+                    counts = contributor.rows_of_count(count, layout)
+                except Exception as failure:  # raised again on every rank, by the handshake
+                    error = failure
+            contributor.distribution.handshake(call, {}, {}, error)
+        assert layout is not None
+        batch = MicroBatch(output, layout, blocks, counts, local_pass.samples)
+        self._current.add(batch, weighting, None if scale is None else float(scale))
+
+    def _finish_rows(self, accumulation: Accumulation) -> None:
+        """The step of all batches whose rows were reduced as they came."""
+        contributor, rows = self.agreement.contributor, self._rows
+        distribution, reporter = contributor.distribution, self.step.reporter
+        reporter.begins()
+        distribution.handshake("Engine.accumulate", {"number of batches": rows.num_batches}, {})
+        agreed, output = rows.joined(is_average(contributor.placement))
+        gramian = self.step.gramian(output, agreed, accumulation.scale)
+        weights = self.step.weights(gramian, accumulation.weighting, accumulation.scale)
+        accumulation.weights = weights
+        with distribution.last_stage():
+            self.step.write_gradients(
+                output, agreed.blocks, weights, uncounted=agreed.uncounted, retain_graph=False
+            )
+        scale, skipped = accumulation.scale, self.step.skip
+        reporter.ends(agreed.layout, gramian, weights, skipped=skipped, scale=scale)
+
+    @property
+    def _on_shards(self) -> bool:
+        """Whether every batch is a matter of all ranks, which gather its parameters together."""
+        distribution = self.agreement.contributor.distribution
+        return isinstance(distribution, FullyShard) and not distribution.lockstep.active
+
     def _finish(self, accumulation: Accumulation, error: Exception | None) -> None:
         """The step of all accumulated batches; what failed before fails on every rank."""
         contributor = self.agreement.contributor
+        if self._on_shards and self._rows.num_batches:
+            self._finish_rows(accumulation)
+            return
         joined: Joined | None = None
         reporter = self.step.reporter
         reporter.begins()
@@ -108,7 +180,13 @@ class Joining:
                 self.step.reduce_accumulated()
             else:
                 local_weights = joined.weights_of_batches(self.step.local_weights(weights))
-                torch.autograd.backward(joined.outputs, local_weights)
+                if self._on_shards:
+                    for output, of_batch in zip(joined.outputs, local_weights, strict=True):
+                        contributor.distribution.weighted_backward(
+                            output, of_batch, retain_graph=False
+                        )
+                else:
+                    torch.autograd.backward(joined.outputs, local_weights)
                 entries = contributor.table.trainable
                 contributor.distribution.place_gradients([e.parameter for e in entries])
         if not self.step.skip:
