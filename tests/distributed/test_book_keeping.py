@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from jddist.autogram import Engine
 from jddist.autogram import step as step_module
+from jddist.distribution import data_parallel
 from tests._oracle import jacobian, relative_error
 from tests._ranks import run_ranks
 from tests.distributed._training import LOSSES, flatten, local_part, make_data, make_network, wrap
@@ -30,6 +31,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], bool]] = {
     "static graph": ({"static_graph": True}, False),
     "bucket view": ({"gradient_as_bucket_view": True}, False),
     "communication hook": ({}, False),
+    "a bucket for each parameter": ({}, True),
 }
 
 
@@ -40,18 +42,18 @@ class _Count:
         self.calls = 0
 
     def __enter__(self) -> _Count:
-        self._patch = pytest.MonkeyPatch()
+        self.patch = pytest.MonkeyPatch()
         original = step_module.combined
 
         def spied(*args: Any) -> Any:
             self.calls += 1
             return original(*args)
 
-        self._patch.setattr(step_module, "combined", spied)
+        self.patch.setattr(step_module, "combined", spied)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._patch.undo()
+        self.patch.undo()
 
 
 def _weights(step: int, total: int) -> Tensor:
@@ -71,6 +73,8 @@ def _train(rank: int, world_size: int, kind: str, name: str) -> dict[str, Any]:
     engine = Engine(ddp, batch_dim=0)
     grads = []
     with _Count() as count:
+        if name == "a bucket for each parameter":
+            count.patch.setattr(data_parallel, "_BUCKET", 1)
         for step in range(STEPS):
             model.zero_grad()
             losses = LOSSES["instance"](ddp(mine), targets)

@@ -63,7 +63,7 @@ MADE: dict[str, Callable[[], tuple[JacobianBlock, Tensor]]] = {
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("budget", [0, 1 << 20])
+@pytest.mark.parametrize("budget", [0, 6912, 1 << 20])
 @pytest.mark.parametrize("name", MADE)
 def test_a_block_is_its_rows(name: str, budget: int, keep: bool) -> None:
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_held_memory_is_used_again_and_limited() -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("budget", [0, 1 << 20])
+@pytest.mark.parametrize("budget", [0, 6912, 1 << 20])
 @pytest.mark.parametrize("k", [1, 2])
 def test_products_with_others_while_the_own_are_made(k: int, budget: int, keep: bool) -> None:
     """``add_gramian_and_crosses`` against the rows themselves, in one tile and in many."""
