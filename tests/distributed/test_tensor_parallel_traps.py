@@ -62,7 +62,7 @@ class _PartlyParallel(TwoDimensionalSetup):
     """Most parameters are cut by ``fully_shard`` alone, on a mesh of one dimension."""
 
     def place(self, model: nn.Module, *, reshard: bool | None = None) -> nn.Module:
-        parallelize_module(model, self.mesh["tp"], {"twice": rows(), "last": columns()})
+        parallelize_module(model, self.mesh["tp"], {"twice": columns(), "last": rows()})
         return fully_shard(model, mesh=self.mesh["dp"], reshard_after_forward=reshard)
 
 
