@@ -6,7 +6,7 @@ With one rank every operation is the identity, so one process takes the same pat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -63,7 +63,7 @@ class Group:
 
     def naming(self) -> AbstractContextManager[None]:
         """Within this context, a collective that fails names the rank that lags, and its stage."""
-        return stalls.naming(self._members)
+        return stalls.naming(self._members) if self.size > 1 else nullcontext()
 
     def _count(self, tensor: Tensor, times: float, own: int = 0) -> None:
         """Counts a message of ``tensor``, ``times`` over, less ``own`` numbers that stay here."""

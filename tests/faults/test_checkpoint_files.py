@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from jddist.checkpoint import _storage
+from jddist.checkpoint import Checkpointer, _storage
 from jddist.checkpoint._directory import Directory, fingerprint
 from jddist.errors import CheckpointError
 from tests.faults._run import Run
@@ -264,10 +264,10 @@ def test_what_could_not_be_read_back_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk with room for one checkpoint and a half."""
+    """A disk of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("may not mount a small file system")
     yield disk
@@ -275,11 +275,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_full_disk(small_disk: Path, wait: bool) -> None:
+@pytest.mark.parametrize("left", [8, 56])
+def test_a_full_disk(small_disk: Path, wait: bool, left: int) -> None:
+    """With so many KiB left: it is full while torch writes, or only after that."""
     run = Run(small_disk, keep=1)
     run.steps(1)
     run.save()
     expected = run.parameters()
+    status = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(status.f_bavail * status.f_bsize - left * 1024))
     run.steps(1)
     with pytest.raises(CheckpointError) as caught:
         run.save(wait=wait)
@@ -291,6 +295,17 @@ def test_a_full_disk(small_disk: Path, wait: bool) -> None:
     resumed = Run(small_disk, seed=1)
     assert resumed.resume() == 1
     assert torch.equal(resumed.parameters(), expected)
+
+
+def test_a_disk_that_is_full_within_a_tensor(small_disk: Path) -> None:
+    """Where torch.save goes on to fail in a way that does not tell the cause."""
+    checkpointer = Checkpointer(small_disk, torch.nn.Linear(200, 60))
+    checkpointer.save(0)
+    status = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(status.f_bavail * status.f_bsize - 16384))
+    with pytest.raises(CheckpointError, match="rank 0: OSError: .*No space left on device"):
+        checkpointer.save(1)
+    assert checkpointer.load_latest() is not None
 
 
 @pytest.mark.parametrize("after", range(0, 9, 2))
