@@ -31,7 +31,7 @@ from jddist.errors import NonFiniteObjectiveError
 from jddist.linalg._dealing import is_dealt
 from jddist.linalg.gramian import compute_gramian
 
-# How many columns are looked at at a time.
+# How many numbers are looked at at a time.
 _CHUNK = 1 << 16
 
 
@@ -155,7 +155,7 @@ class _Shard(RankColumns):
 def _finite_rows(rows: Tensor) -> Tensor:
     """For each row whether all of it is finite; never a second matrix of that size."""
     flags = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    for columns in rows.split(_CHUNK, dim=1):
+    for columns in rows.split(max(1, _CHUNK // max(1, len(rows))), dim=1):
         flags &= torch.isfinite(columns).all(dim=1)
     return flags
 

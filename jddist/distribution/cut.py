@@ -178,7 +178,8 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
         same = piece.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         if not (same and piece.dtype == first.dtype and piece.storage_offset() == at):
             return torch.cat(list(pieces), dim=1)
-        if piece.stride() != (first.stride(0), 1):
+        between, within = piece.stride()  # within one column there is no next one
+        if between != first.stride(0) or (within != 1 and piece.shape[1] > 1):
             return torch.cat(list(pieces), dim=1)
         at += piece.shape[1]
     width = at - first.storage_offset()

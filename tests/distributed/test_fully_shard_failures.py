@@ -272,10 +272,13 @@ def test_failures_are_the_same_on_every_rank_and_leave_nothing_behind() -> None:
 def _refusals(rank: int, world_size: int) -> dict[str, str]:
     mesh = make_mesh()
 
-    def partly() -> nn.Module:
+    def step_by_step_beside() -> None:
         model = make_network()
         fully_shard(model.first, mesh=mesh)
-        return model
+        engine = Engine(model, batch_dim=0)
+        losses = model(torch.ones(2, 5, dtype=torch.float64)).square().sum(dim=1)
+        gramian = engine.compute_gramian(losses)
+        losses.backward(engine.local_weights(torch.ones_like(gramian[0])))
 
     def both() -> nn.Module:
         model = nn.Sequential(wrap(make_network()), nn.Linear(4, 4).double())
@@ -288,7 +291,7 @@ def _refusals(rank: int, world_size: int) -> dict[str, str]:
             return FullyShardedDataParallel(make_network(), device_id=torch.device("cpu"))
 
     calls: dict[str, Callable[[], Any]] = {
-        "plain parameters": lambda: Engine(partly(), batch_dim=0),
+        "plain parameters": step_by_step_beside,
         "two wrappers": lambda: attach(both()),
         "FSDP1": lambda: attach(fsdp1()),
     }
