@@ -78,6 +78,8 @@ if [ "$most" -gt 1 ]; then
     address=(--rdzv-conf "is_host=$is_host" --local-addr "$own")
 fi
 set_environment "$ranks" "$interface"
+# Otherwise the ranks of a restart may read the addresses of those before it (torch 2.13).
+set_default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1
 run_or_print "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" \
     --max-restarts "$restarts" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$id" \
     "${address[@]}" "$@"
