@@ -78,6 +78,7 @@ def torchrun(script: str, count: int, options: Sequence[str]) -> None:
     """Runs ``script`` on ``count`` ranks of this machine."""
     print(f"\n{count} rank{'s' if count > 1 else ''}", flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), script, *options]
+    # Without "--", torchrun takes a script's --nproc for a short form of an option of its own.
+    command += ["--nproc-per-node", str(count), "--", script, *options]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     subprocess.run(command, check=True, env=environment)

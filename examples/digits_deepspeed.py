@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _digits_report import Epoch, Report
+from _ranks import torchrun, under_torchrun
 from digits import TRAINING_IMAGES, Data, Ranks, leave_ranks, load_data
 from torch import nn
 
@@ -146,15 +146,6 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         report.plot_curves()
 
 
-def relaunch(args: argparse.Namespace, arguments: list[str]) -> None:
-    """Runs this script on ``--nproc`` ranks."""
-    position = arguments.index("--nproc")
-    options = arguments[:position] + arguments[position + 2 :]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(args.nproc), __file__, *options]
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -178,8 +169,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    if args.nproc is not None:
-        relaunch(args, sys.argv[1:])
+    if args.nproc is not None and not under_torchrun():
+        torchrun(__file__, args.nproc, sys.argv[1:])
         return
     ranks = start_ranks()
     try:
