@@ -76,13 +76,16 @@ def _steps(rank: int, world_size: int, stage: int, micro: int) -> list[Tensor]:
     return trace
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(
     "cases",
     [[(1, 1), (3, 2)], pytest.param([(0, 1), (1, 2), (2, 2), (3, 1)], marks=pytest.mark.slow)],
     ids=["two", "the others"],
 )
-def test_every_stage_takes_the_step_of_one_process(cases: list[tuple[int, int]]) -> None:
+def test_every_stage_takes_the_step_of_one_process(
+    cases: list[tuple[int, int]], world_size: int
+) -> None:
     """Also of micro-batches, of which DeepSpeed takes the mean."""
-    ranks = run_ranks(_train, 2, cases)
+    ranks = run_ranks(_train, world_size, cases)
     for i, (_, micro) in enumerate(cases):
         check([rank[i] for rank in ranks], reference("instance", micro=micro), bound=BOUND)
