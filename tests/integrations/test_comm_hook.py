@@ -195,7 +195,7 @@ def _reference(case: dict[str, Any], world_size: int, buckets: list[Any]) -> lis
     return result
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_option_takes_the_step_of_one_process(world_size: int) -> None:
     names = [
         n for n, c in CASES.items() if world_size == 4 or c["aggregator"] in ("mean", "upgrad")
