@@ -196,11 +196,12 @@ class OuterBlock(TiledBlock):
         if self.in_features and self._kept is not None:
             pieces.append(self._kept.T @ weights)
         elif self.in_features:
-            weight = torch.zeros(
-                self.out_features, self.in_features, dtype=self.dtype, device=self.device
-            )
+            first = self.batch > 0
+            make = torch.empty if first else torch.zeros
+            weight = make(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
             for inputs, grads in self._parts:
-                self._add_combined(weight, bias, inputs, grads, shaped)
+                self._add_combined(weight, bias, inputs, grads, shaped, first=first)
+                first = False
             pieces.append(weight.view(-1))
         if pieces and self._order is not None:
             pieces = [self._order.apply(pieces[0])]
@@ -378,11 +379,17 @@ class OuterBlock(TiledBlock):
         inputs: Tensor | Patches | None,
         grads: Tensor,
         weights: Tensor,
+        *,
+        first: bool,
     ) -> None:
-        """Adds sum_i w_i J_i of one part to ``weight`` [out, in], and to ``bias`` [out]."""
+        """Adds sum_i w_i J_i of one part to ``weight`` [out, in], and to ``bias`` [out].
+
+        The ``first`` part overwrites ``weight``, whatever stands there.
+        """
         if isinstance(inputs, Patches) and inputs.convolves:
             weighted = grads[:, 0] * weights[:, :, None]
-            weight += inputs.combined(weighted)
+            found = inputs.combined(weighted)
+            weight.copy_(found) if first else weight.add_(found)
             if self.ones:
                 bias += weighted.sum(dim=(0, 1))
             return
@@ -396,9 +403,11 @@ class OuterBlock(TiledBlock):
                 else:
                     weighted = torch.einsum("bk,bkto->bto", weights[low:high], g)
                 flat = weighted.reshape(len(a), g.shape[-1])
-                weight[start : start + width].addmm_(flat.T, a)
+                lines = weight[start : start + width]
+                torch.mm(flat.T, a, out=lines) if first else lines.addmm_(flat.T, a)
                 if self.ones:
                     bias[start : start + width] += flat.sum(dim=0)
+            first = False
 
 
 def _bands_of_samples(b1: int, b2: int, limit: int, *, own: bool) -> Iterator[tuple[int, int, int]]:

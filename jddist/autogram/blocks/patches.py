@@ -49,13 +49,12 @@ class Window:
         return tuple((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes)
 
 
-# A grouped convolution forms the rows of 4 samples, in up to 128 groups. With more groups, oneDNN
-# falls back to slow kernels; with 16 samples the rows leave the cache before they are copied, which
-# takes up to 1.8 times as long and four times the memory. From 16 channels on, and for all
-# convolutions that have groups themselves, it is 1.5 to 20 times as fast as patches and products.
-_SAMPLES = 4
+# A grouped convolution forms the rows of a few samples at a time: as many as stay in the cache
+# until they are copied, or it takes up to five times as long. With more groups than these, oneDNN
+# falls back to slow kernels.
+_SAMPLES = 16
 _GROUPS = 128
-_CHANNELS = 16
+_BYTES = 5 << 18
 
 
 class Patches:
@@ -144,7 +143,8 @@ class Patches:
             and grads.shape[1] == 1
             and images.ndim == 5
             and images.shape[1] == 1
-            and (images.shape[2] >= _CHANNELS or groups > 1)
+            # Convolutions copy rows, products form patches first: of out and of t lines each.
+            and (2 * grads.shape[2] >= grads.shape[3] or groups > 1)
             and prod(window.kernel) > 1
             and images.device.type == "cpu"
             and images.dtype == grads.dtype == torch.float32
@@ -167,7 +167,8 @@ class Patches:
         """
         out, (channels, *size) = grads.shape[2], self._images.shape[2:]
         weight = like.view(len(grads), out, channels // groups, *self._window.kernel)
-        step = max(1, min(_SAMPLES, _GROUPS // groups))
+        fitting = _BYTES * len(grads) // max(1, like.nbytes)
+        step = max(1, min(_SAMPLES, _GROUPS // groups, fitting))
         for start in range(0, len(grads), step):
             part = slice(start, min(len(grads), start + step))
             n = part.stop - start
