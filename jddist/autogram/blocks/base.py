@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .matmul import times_transposed
 from .products import mirror_
 from .scratch import Scratch
 
@@ -78,7 +79,7 @@ class JacobianBlock(ABC):
         """The products of all pairs of rows of two blocks: [m1, m2], float64."""
         if other is self:
             return self.gramian()
-        return (self.rows() @ other.rows().T).double()
+        return times_transposed(self.rows(), other.rows()).double()
 
     def gramian(self) -> Tensor:
         """The products of all pairs of rows: [m, m], float64."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .base import JacobianBlock, TiledBlock, compute_dtype
 from .cost import materialised_flops, pairwise_flops
+from .matmul import faster_product, part_width, times_transposed
 from .patches import Patches
 from .products import add_square, bands
 
@@ -76,8 +77,8 @@ class OuterBlock(TiledBlock):
         self.num_rows = self.batch * self.objectives
         self.num_columns = self.out_features * (self.in_features + int(ones))
         self.device = grads.device
-        self._kept: Tensor | None = None
-        self._is_lent = False
+        self._kept: list[Tensor] | None = None  # tiles of lines, [m, lines * in] each
+        self._lent: Tensor | None = None
         self._bias: Tensor | None = None
 
     def factors(self) -> tuple[Tensor | None, Tensor]:
@@ -135,7 +136,7 @@ class OuterBlock(TiledBlock):
             return
         if self.in_features:
             for tile in self._own_tiles():
-                add_square(total, tile)
+                add_square(total, tile, self.num_columns)
         if self.ones:
             add_square(total, self.bias_rows())
 
@@ -154,7 +155,7 @@ class OuterBlock(TiledBlock):
         width = self.tile_width(max([self.num_rows, *(other.num_rows for other in others)]))
         start = 0
         for tile in self._own_tiles(width):
-            add_square(total, tile)
+            add_square(total, tile, self.num_columns)
             lines = tile.view(self.num_rows, -1, self.in_features)
             count = lines.shape[1]
             for low in range(0, count, width):
@@ -163,7 +164,7 @@ class OuterBlock(TiledBlock):
                 for other, cross in zip(others, crosses, strict=True):
                     theirs = other._tile(start + low, stop)
                     dtype = torch.promote_types(mine.dtype, theirs.dtype)
-                    cross += mine.to(dtype) @ theirs.to(dtype).T
+                    cross += times_transposed(mine.to(dtype), theirs.to(dtype))
             start += count
 
     def _tile(self, start: int, stop: int) -> Tensor:
@@ -176,8 +177,9 @@ class OuterBlock(TiledBlock):
     def rows(self) -> Tensor:
         pieces = []
         if self.in_features:
-            weight = self._kept
-            if weight is None:
+            if self._kept is not None:
+                weight = self._kept[0] if len(self._kept) == 1 else torch.cat(self._kept, dim=1)
+            else:
                 shape = (self.batch, self.objectives, self.out_features, self.in_features)
                 weight = torch.empty(shape, dtype=self.dtype, device=self.device)
                 self.add_tile(weight, 0, self.out_features, first=True)
@@ -194,7 +196,8 @@ class OuterBlock(TiledBlock):
         bias = torch.zeros(self.out_features, dtype=self.dtype, device=self.device)
         pieces = []
         if self.in_features and self._kept is not None:
-            pieces.append(self._kept.T @ weights)
+            found = [tile.T @ weights for tile in self._kept]
+            pieces.append(found[0] if len(found) == 1 else torch.cat(found))
         elif self.in_features:
             first = self.batch > 0
             make = torch.empty if first else torch.zeros
@@ -245,9 +248,9 @@ class OuterBlock(TiledBlock):
             first = False
 
     def release(self) -> None:
-        if self._kept is not None and self._is_lent:
-            self.scratch.give_back(self._kept)
-        self._kept, self._is_lent = None, False
+        if self._lent is not None:
+            self.scratch.give_back(self._lent)
+        self._kept = self._lent = None
 
     def forget(self) -> None:
         self.release()
@@ -317,16 +320,40 @@ class OuterBlock(TiledBlock):
             if prod(shape) <= self._factor_elements():
                 whole: Tensor | None = torch.empty(shape, dtype=self.dtype, device=self.device)
             else:
-                whole = self.scratch.hold(shape, self.dtype, self.device)
-                self._is_lent = whole is not None
+                whole = self._lent = self.scratch.hold(shape, self.dtype, self.device)
             if whole is not None:
-                self.add_tile(whole, 0, self.out_features, first=True)
-                self._kept = whole.view(self.num_rows, -1)
+                self._kept = self._filled(whole)
                 self._forget_factors()
         if self._kept is not None:
-            yield self._kept
+            yield from self._kept
         else:
             yield from self._tiles(self.tile_width(self.num_rows) if width is None else width)
+
+    def _filled(self, whole: Tensor) -> list[Tensor]:
+        """The weight's columns of all rows in the memory of ``whole`` [b, k, out, in]: as one
+        tile, or in dense tiles that are multiplied faster, where that takes no more copies."""
+        rows = whole.view(self.num_rows, -1)
+        convolved = [(a, g) for a, g in self._parts if isinstance(a, Patches) and a.convolves]
+        if len(convolved) < len(self._parts) or faster_product(rows, rows) is None:
+            self.add_tile(whole, 0, self.out_features, first=True)
+            return [rows]
+        width = max(1, part_width(rows.shape[1]) // self.in_features)
+        starts = range(0, self.out_features, width)
+        sizes = [
+            self.num_rows * self.in_features * min(width, self.out_features - s) for s in starts
+        ]
+        tiles = [
+            tile.view(self.num_rows, -1, self.in_features) for tile in whole.view(-1).split(sizes)
+        ]
+        first = True
+        for inputs, grads in convolved:
+            for samples, found in inputs.row_tiles(grads[:, 0], whole):
+                for start, tile in zip(starts, tiles, strict=True):
+                    out, lines = tile[samples], found[:, start : start + width]
+                    out.copy_(lines) if first else out.add_(lines)
+                del found  # or those of the next samples lie beside them
+            first = False
+        return [tile.flatten(1) for tile in tiles]
 
     def _factor_elements(self) -> int:
         return sum(
@@ -340,7 +367,7 @@ class OuterBlock(TiledBlock):
             width = self.tile_width(max(self.num_rows, other.num_rows))
             pairs = zip(self._tiles(width), other._tiles(width, "other rows"), strict=True)
             for mine, theirs in pairs:
-                total += mine @ theirs.T
+                total += times_transposed(mine, theirs)
         if self.ones:
             total += self.bias_rows() @ other.bias_rows().T
         return total
@@ -356,21 +383,23 @@ class OuterBlock(TiledBlock):
         limit = max(1, self.scratch.tile_elements(self.dtype) // max(1, k * k * t1 * b2 * t2))
         for low, high, end in _bands_of_samples(b1, b2, limit, own=other is self):
             n = high - low
-            shape = (n * k * t1, end * k * t2)
-            grads = self.scratch.tile("left", shape, self.dtype, self.device)
-            torch.mm(left[low * k * t1 : high * k * t1], right[: end * k * t2].T, out=grads)
+            mine, theirs = left[low * k * t1 : high * k * t1], right[: end * k * t2]
+            grads = self._product("left", mine, theirs)
             products = grads.view(n, k, t1, end, k, t2)
             if a1 is not None and a2 is not None:
-                shape = (n * t1, end * t2)
-                inputs = self.scratch.tile("right", shape, self.dtype, self.device)
-                torch.mm(
-                    a1[low:high].reshape(n * t1, -1), a2[:end].reshape(end * t2, -1).T, out=inputs
-                )
+                mine, theirs = a1[low:high].reshape(n * t1, -1), a2[:end].reshape(end * t2, -1)
+                inputs = self._product("right", mine, theirs)
                 if self.ones:
                     inputs += 1
                 products.mul_(inputs.view(n, 1, t1, end, 1, t2))
             sums = products[:, :, 0, ..., 0] if t1 * t2 == 1 else products.sum(dim=(2, 5))
             total[low * k : high * k, : end * k] += sums.reshape(n * k, end * k)
+
+    def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right.T``, perhaps in scratch memory."""
+        shape = (len(left), len(right))
+        scratch, dtype, device = self.scratch, self.dtype, self.device
+        return times_transposed(left, right, lambda: scratch.tile(name, shape, dtype, device))
 
     def _add_combined(
         self,

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from .matmul import dense_parts, faster_product
+
+# Bands of fewer lines in all cost the faster product more than the upper triangle does.
+_NARROW = 128
+
 
 def bands(size: int) -> Iterator[tuple[int, int]]:
     """Cuts ``size`` rows into bands, each of which is multiplied with the rows up to its end.
@@ -18,10 +23,22 @@ def bands(size: int) -> Iterator[tuple[int, int]]:
         yield i * size // count, (i + 1) * size // count
 
 
-def add_square(total: Tensor, rows: Tensor) -> None:
-    """Adds ``rows @ rows.T`` to the lower triangle of ``total`` [m, m]."""
-    for start, stop in bands(len(rows)):
-        total[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
+def add_square(total: Tensor, rows: Tensor, columns: int | None = None) -> None:
+    """Adds ``rows @ rows.T`` to the lower triangle of ``total`` [m, m].
+
+    Args:
+        total: In float64.
+        rows: [m, n].
+        columns: How many columns are added up in all, if n is only a part of them.
+    """
+    product = faster_product(rows, rows)
+    if product is None:
+        for start, stop in bands(len(rows)):
+            total[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
+        return
+    for part, _ in dense_parts(rows, rows, columns):
+        for start, stop in bands(len(rows)) if len(rows) >= _NARROW else [(0, len(rows))]:
+            total[start:stop, :stop] += product(part[start:stop], part[:stop])
 
 
 def mirror_(total: Tensor) -> Tensor:
