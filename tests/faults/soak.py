@@ -190,7 +190,7 @@ def steps_for(
     due = torch.zeros(1)
     # On a machine that is too slow for all samples there are fewer, and the time is kept.
     while len(found) < MINIMUM or float(due) < seconds:
-        for _ in range(3 * len(steps.kinds)):  # samples are all taken after the same kind of step
+        for _ in range(2 * len(steps.kinds)):  # every sample is taken after the same ones
             steps.take()
         # The ranks have to take the same number of steps: rank 0's clock counts.
         due[0] = time.monotonic() - start
