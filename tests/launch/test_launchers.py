@@ -47,8 +47,10 @@ def test_help_explains_all_options(script: str) -> None:
     code, out, _ = run(script, "--help")
     assert code == 0 and out.startswith("usage: ") and "environment variables" in out
     text = (ROOT / script).read_text()
-    for option in re.findall(r"^ +(--[a-z-]+)\)", text, flags=re.MULTILINE):
-        assert option in out
+    options = re.findall(r"^ +(--[a-z-]+)\)|(--[a-z-]+)=[a-z_]+[ ']", text, flags=re.MULTILINE)
+    assert len(options) >= 2
+    for option in options:
+        assert "".join(option) in out
     for variable in set(re.findall(r"\$\{(JDDIST_[A-Z_]+)", text)) - {"JDDIST_SSH"}:
         assert variable in out
 
@@ -61,6 +63,18 @@ def test_unknown_options_are_refused(script: str) -> None:
     assert code == 1 and "found --nproc without" in err
     code, _, err = run(script, *LAUNCHERS[script], "--nproc", "0", "--dry-run", **JOB)
     assert (code == 1 and "expected a whole number, 1 or more" in err) or "slurm" in script
+
+
+# (Before slurm.sbatch knows where the others are, it reads its two options by itself.)
+@pytest.mark.parametrize("script", [s for s in LAUNCHERS if "slurm" not in s])
+def test_a_value_may_follow_an_equals_sign(script: str) -> None:
+    code, out, err = run(script, *LAUNCHERS[script], "--nproc=3", "--dry-run", "x.py", "--lr=0.1")
+    assert code == 0 and err == "", err
+    assert "x.py" in out and "--lr=0.1" in out and "3" in out
+    code, _, err = run(script, *LAUNCHERS[script], "--dry-run=1", "x.py")
+    assert code == 1 and "found the option '--dry-run=1'" in err
+    code, _, err = run(script, *LAUNCHERS[script], "--[a-z]*", "x.py")
+    assert code == 1 and "found the option '--[a-z]*'" in err
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "elastic.sh", "multinode.sh"])
