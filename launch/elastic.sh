@@ -42,6 +42,7 @@ read_options '--dry-run=dry_run' \
     -- "$@"
 set -- "${script[@]}"
 [ $# -gt 0 ] || set -- "$home/examples/digits.py"
+check_script "$@"
 
 [[ $nodes =~ ^([1-9][0-9]*):([1-9][0-9]*)$ ]] || fail "found --nodes '$nodes'; expected MIN:MAX, for example 2:4"
 least=${BASH_REMATCH[1]} most=${BASH_REMATCH[2]}

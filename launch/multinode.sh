@@ -114,6 +114,7 @@ if [ -n "$ssh" ]; then
     exit 0
 fi
 
+check_script "$@"
 if [ -n "$hosts" ]; then
     found=$("$python" "$home/launch/_network.py" "$hosts" ${node:+--node-rank "$node"}) || exit 1
 else

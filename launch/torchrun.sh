@@ -30,6 +30,7 @@ dry_run='' ranks=''
 read_options '--dry-run=dry_run' '--nproc=ranks' -- "$@"
 set -- "${script[@]}"
 [ $# -gt 0 ] || set -- "$home/examples/digits.py"
+check_script "$@"
 
 choose_python
 ranks=$(ranks_per_node "$ranks" 2)

@@ -88,6 +88,13 @@ def test_scripts_and_modules_are_passed_on_word_by_word(script: str) -> None:
     assert _dry_run(f"launch/{script}", *arguments)[-1] == str(ROOT / "examples/digits.py")
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "elastic.sh", "multinode.sh"])
+def test_a_script_that_is_not_there_is_refused(script: str) -> None:
+    arguments = [*LAUNCHERS[f"launch/{script}"], "--nproc", "1", "no such.py", "--lr", "1"]
+    code, _, err = run(f"launch/{script}", *arguments)
+    assert code == 1 and "found no script 'no such.py'; expected a file, or -m" in err
+
+
 def test_the_environment_is_set_where_the_user_did_not() -> None:
     cores = int(subprocess.run(["getconf", "_NPROCESSORS_ONLN"], capture_output=True).stdout)
     words = _dry_run("launch/torchrun.sh", "--nproc", "1")
