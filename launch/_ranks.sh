@@ -48,6 +48,12 @@ set_environment() {
     [ -z "$interface" ] || set_default GLOO_SOCKET_IFNAME "$interface"
 }
 
+# check_script WORDS: fails unless they begin with -m or with a file, where it is about to be run.
+check_script() {
+    [ -z "$dry_run" ] && [ "$1" != -m ] && [ -z "${PET_NO_PYTHON:-}${PET_MODULE:-}" ] || return 0
+    [ -f "$1" ] || fail "found no script '$1'; expected a file, or -m and the name of a module"
+}
+
 # Prints the command, ready to be pasted, or becomes it.
 run_or_print() {
     if [ -n "$dry_run" ]; then

@@ -3,6 +3,7 @@
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$home/launch/_environment.sh"
+. "$home/launch/_options.sh"
 . "$home/launch/_ranks.sh"
 
 usage() {
@@ -36,26 +37,12 @@ HELP
 }
 
 dry_run='' ranks='' nodes=1:1 restarts=3 endpoint=${JDDIST_ENDPOINT:-} id=jddist
-while [ $# -gt 0 ]; do
-    case $1 in
-        -h | --help) usage; exit 0 ;;
-        --dry-run) dry_run=yes; shift; continue ;;
-        -m) break ;;
-        --nodes | --max-restarts | --endpoint | --id | --nproc)
-            [ $# -gt 1 ] || fail "found $1 without a value (see --help)" ;;
-        -*) fail "found the option '$1'; expected one of --help's before the script" ;;
-        *) break ;;
-    esac
-    case $1 in
-        --nodes) nodes=$2 ;;
-        --max-restarts) restarts=$2 ;;
-        --endpoint) endpoint=$2 ;;
-        --id) id=$2 ;;
-        --nproc) ranks=$2 ;;
-    esac
-    shift 2
-done
+read_options '--dry-run=dry_run' \
+    '--nodes=nodes --max-restarts=restarts --endpoint=endpoint --id=id --nproc=ranks' \
+    -- "$@"
+set -- "${script[@]}"
 [ $# -gt 0 ] || set -- "$home/examples/digits.py"
+check_script "$@"
 
 [[ $nodes =~ ^([1-9][0-9]*):([1-9][0-9]*)$ ]] || fail "found --nodes '$nodes'; expected MIN:MAX, for example 2:4"
 least=${BASH_REMATCH[1]} most=${BASH_REMATCH[2]}

@@ -3,6 +3,7 @@
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$home/launch/_environment.sh"
+. "$home/launch/_options.sh"
 . "$home/launch/_ranks.sh"
 
 usage() {
@@ -42,28 +43,10 @@ HELP
 }
 
 dry_run='' ranks='' hosts='' hostfile='' node='' port=${MASTER_PORT:-29400} id=jddist timeout=600 ssh=''
-while [ $# -gt 0 ]; do
-    case $1 in
-        -h | --help) usage; exit 0 ;;
-        --dry-run) dry_run=yes; shift; continue ;;
-        --ssh) ssh=yes; shift; continue ;;
-        -m) break ;;
-        --hosts | --hostfile | --node-rank | --nproc | --port | --id | --timeout)
-            [ $# -gt 1 ] || fail "found $1 without a value (see --help)" ;;
-        -*) fail "found the option '$1'; expected one of --help's before the script" ;;
-        *) break ;;
-    esac
-    case $1 in
-        --hosts) hosts=$2 ;;
-        --hostfile) hostfile=$2 ;;
-        --node-rank) node=$2 ;;
-        --nproc) ranks=$2 ;;
-        --port) port=$2 ;;
-        --id) id=$2 ;;
-        --timeout) timeout=$2 ;;
-    esac
-    shift 2
-done
+read_options '--dry-run=dry_run --ssh=ssh' \
+    '--hosts=hosts --hostfile=hostfile --node-rank=node --nproc=ranks --port=port --id=id --timeout=timeout' \
+    -- "$@"
+set -- "${script[@]}"
 [ $# -gt 0 ] || set -- "$home/examples/digits.py"
 
 if [ -n "$hostfile" ]; then
@@ -131,6 +114,7 @@ if [ -n "$ssh" ]; then
     exit 0
 fi
 
+check_script "$@"
 if [ -n "$hosts" ]; then
     found=$("$python" "$home/launch/_network.py" "$hosts" ${node:+--node-rank "$node"}) || exit 1
 else

@@ -3,6 +3,7 @@
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$home/launch/_environment.sh"
+. "$home/launch/_options.sh"
 . "$home/launch/_ranks.sh"
 
 usage() {
@@ -26,17 +27,10 @@ HELP
 }
 
 dry_run='' ranks=''
-while [ $# -gt 0 ]; do
-    case $1 in
-        -h | --help) usage; exit 0 ;;
-        --dry-run) dry_run=yes; shift ;;
-        --nproc) [ $# -gt 1 ] || fail "found --nproc without a number"; ranks=$2; shift 2 ;;
-        -m) break ;;
-        -*) fail "found the option '$1'; expected --nproc, --dry-run or --help before the script (see --help)" ;;
-        *) break ;;
-    esac
-done
+read_options '--dry-run=dry_run' '--nproc=ranks' -- "$@"
+set -- "${script[@]}"
 [ $# -gt 0 ] || set -- "$home/examples/digits.py"
+check_script "$@"
 
 choose_python
 ranks=$(ranks_per_node "$ranks" 2)

@@ -123,6 +123,7 @@ class Agreement:
             passes: Whether it differentiates, and so needs the wrapper's guard.
         """
         distribution, placement = self.contributor.distribution, self.contributor.placement
+        self.contributor.own.release()
         error: Exception | None = None
         local = Contribution()
         # Outside of the attempt: every rank has to enter, whatever it runs into inside.

@@ -8,7 +8,7 @@ depend on the backward that is left out: no parameter outside of the engine, no 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import overload
 
@@ -20,6 +20,7 @@ from jddist.distribution.base import Distribution
 
 from .global_pass import GlobalLayout
 from .local_pass import Blocks
+from .own_gradients import OwnHook
 from .parameters import Entry
 
 _GLOBAL_HOOKS = ("_global_backward_hooks", "_global_backward_pre_hooks")
@@ -62,8 +63,10 @@ def agreed(told: Sequence[Sequence[int]], own: Books) -> Books:
 def no_hooks(entries: Iterable[Entry], modules: Iterable[nn.Module]) -> bool:
     """Whether no hook waits for the backward of these parameters and modules."""
     for entry in entries:
-        parameter = entry.parameter
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        hooks: Mapping[int, object] = entry.parameter._backward_hooks or {}
+        if not all(isinstance(hook, OwnHook) for hook in hooks.values()):
+            return False
+        if getattr(entry.parameter, "_post_accumulate_grad_hooks", None):
             return False
     if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
         return False

@@ -24,6 +24,7 @@ from .early import EarlyGramian
 from .joint import JointOutput
 from .layout import OutputLayout
 from .local_pass import Blocks, LocalPass
+from .own_gradients import OwnGradients
 from .parameters import ParameterTable
 
 
@@ -63,6 +64,7 @@ class Contributor:
         batch_dim: The dimension of the samples, or None.
         prefer: How exchanges are chosen.
         sees_wrappers: Whether the distribution knows of all wrappers.
+        own: Notes of what this rank gave to the reduction of gradients.
     """
 
     table: ParameterTable
@@ -73,11 +75,27 @@ class Contributor:
     batch_dim: int | None
     prefer: Prefer
     sees_wrappers: bool
+    own: OwnGradients = field(default_factory=OwnGradients)
 
     @property
     def by_passes(self) -> bool:
         """Whether rows come reduced, from one backward of all ranks for each objective."""
         return isinstance(self.distribution, FullyShard) and not is_sharded(self.placement)
+
+    def spread(self) -> tuple[int, dict[int, list[str]]] | None:
+        """From which ranks NaN spread by the reduction of gradients, and with which parameters.
+
+        A message of all ranks, which have to have found NaN or infinity before.
+
+        Returns:
+            The first such step, and by rank the parameters; None if every rank's own were finite.
+        """
+        told = self.distribution.handshake("the error", {}, {"own": self.own.found()})
+        found = {rank: info["own"] for rank, info in enumerate(told) if info["own"] is not None}
+        if not found:
+            return None
+        first = min(step for step, _ in found.values())
+        return first, {rank: names for rank, (step, names) in found.items() if step == first}
 
     def of_output(
         self,

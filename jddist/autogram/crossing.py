@@ -37,7 +37,7 @@ def cross_gramian(
         contributor.prefer,
     )
     if not parts.finite:
-        raise global_pass.nonfinite_error(agreed.layout, parts)
+        raise global_pass.nonfinite_error(agreed.layout, parts, contributor.spread())
     values = parts.values.to(torch.promote_types(joint.output.dtype, torch.float32))
     sizes = [info["both"] for info in agreed.infos] if agreed.layout.sharded else None
     return joint.cross(values, sizes)

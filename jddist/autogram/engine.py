@@ -261,7 +261,9 @@ class Engine:
         self._agreement.members.check_no_others(
             self._distribution, "Call engine.backward(losses, weights), which does."
         )
-        return on_mesh(self._step.local_weights(weights), self._mesh)
+        local = self._step.local_weights(weights)
+        self._step.watch()
+        return on_mesh(local, self._mesh)
 
     def backward(
         self,

@@ -289,8 +289,19 @@ def _plan(
     return plan(shapes, columns, batches, objectives, itemsize=itemsize, prefer=prefer)
 
 
-def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjectiveError:
-    """The error that names the ranks and objectives that are not finite."""
+def nonfinite_error(
+    layout: GlobalLayout,
+    parts: GramianParts,
+    spread: tuple[int, Mapping[int, Sequence[str]]] | None,
+) -> NonFiniteObjectiveError:
+    """The error that names the ranks and objectives that are not finite.
+
+    Args:
+        layout: The layout of the objectives.
+        parts: The Gramian with its flags.
+        spread: An earlier step from whose gradients this follows, with the parameters of each rank
+            that brought NaN or infinity to it; None if there was none.
+    """
     places = []
     for row in parts.flags.nonzero().tolist():
         owner, objective = row
@@ -300,9 +311,21 @@ def nonfinite_error(layout: GlobalLayout, parts: GramianParts) -> NonFiniteObjec
                 sample -= layout.sizes[owner]
                 owner += 1
         places.append(f"objective {layout.whole.index_of(objective)} (rank {owner})")
-    listed = ", ".join(places[:8]) + (", ..." if len(places) > 8 else "")
+    before = ""
+    if spread is not None:
+        step, by_rank = spread
+        listed = "; ".join(
+            f"rank {rank}, whose own gradient was not finite in step {step}, backward (of "
+            f"{_listed(names, 3)})"
+            for rank, names in by_rank.items()
+        )
+        before = f"It came from {listed}: the reduction over ranks spread it. "
     return NonFiniteObjectiveError(
-        f"Found NaN or infinity in {listed}, or in its gradient; expected finite objectives. No "
-        ".grad was written. Lower the learning rate, look at that rank's data, or create the "
-        "engine with nonfinite='skip'."
+        f"Found NaN or infinity in {_listed(places, 8)}, or in its gradient; expected finite "
+        f"objectives. {before}No .grad was written. Lower the learning rate, look at that rank's "
+        "data, or create the engine with nonfinite='skip'."
     )
+
+
+def _listed(parts: Sequence[str], most: int) -> str:
+    return ", ".join(parts[:most]) + (", ..." if len(parts) > most else "")

@@ -180,13 +180,14 @@ class Joining:
                 self.step.reduce_accumulated()
             else:
                 local_weights = joined.weights_of_batches(self.step.local_weights(weights))
-                if self._on_shards:
-                    for output, of_batch in zip(joined.outputs, local_weights, strict=True):
-                        contributor.distribution.weighted_backward(
-                            output, of_batch, retain_graph=False
-                        )
-                else:
-                    torch.autograd.backward(joined.outputs, local_weights)
+                with self.step.watched():
+                    if self._on_shards:
+                        for output, of_batch in zip(joined.outputs, local_weights, strict=True):
+                            contributor.distribution.weighted_backward(
+                                output, of_batch, retain_graph=False
+                            )
+                    else:
+                        torch.autograd.backward(joined.outputs, local_weights)
                 entries = contributor.table.trainable
                 contributor.distribution.place_gradients([e.parameter for e in entries])
         if not self.step.skip:

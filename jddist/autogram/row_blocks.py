@@ -20,6 +20,7 @@ from jddist.distribution.sharded import ShardedColumns
 from .blocks import DenseBlock
 from .global_pass import GlobalLayout
 from .local_pass import Blocks
+from .own_gradients import Note
 from .parameters import Entry, ParameterTable
 
 
@@ -65,7 +66,7 @@ def row_blocks(
 
 
 def write_columns(
-    blocks: Blocks, uncounted: Blocks, entries: Sequence[Entry], weights: Tensor
+    blocks: Blocks, uncounted: Blocks, entries: Sequence[Entry], weights: Tensor, note: Note
 ) -> None:
     """Adds this rank's part of the weighted gradient to ``.grad``, as the wrapper's backward would.
 
@@ -74,6 +75,7 @@ def write_columns(
         uncounted: The same, of what another rank counts.
         entries: The parameters.
         weights: One for each row.
+        note: Takes name and gradient of each.
     """
     with torch.no_grad():
         for entry in entries:
@@ -83,4 +85,5 @@ def write_columns(
             if block is not None:
                 local = part_of(parameter)
                 gradient = block.combine(weights).view(local.shape).to(local.dtype)
+                note(entry.name, gradient)
                 accumulate(parameter, like(parameter, gradient))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ from .capture import Capture, paused
 from .contribution import Contributor
 from .explanation import Taken
 from .local_pass import Blocks
+from .own_gradients import Noting
 from .reporting import Reporter
 from .row_blocks import write_columns
 
@@ -74,7 +75,7 @@ class Step:
         self.agreed, self.skip = agreed.without_blocks(), False
         self.taken = self._taken(agreed, parts.plan)
         if not parts.finite and scale is None:
-            error = global_pass.nonfinite_error(layout, parts)
+            error = global_pass.nonfinite_error(layout, parts, self.contributor.spread())
             if self.nonfinite == "raise":
                 raise error
             warnings.warn(f"{error} The weights of this step are zero.", stacklevel=3)
@@ -145,18 +146,19 @@ class Step:
         local = self.local_weights(weights)
         agreed, entries = self.agreed, self.contributor.table.trainable
         assert agreed is not None
-        distribution = self.contributor.distribution
+        distribution, own = self.contributor.distribution, self.contributor.own
         # The records live as long as the graph's own tensors.
         kept = paused() if retain_graph else nullcontext()
         if backward is not None:
-            backward(output, local)
+            with self.watched():
+                backward(output, local)
         elif agreed.layout.rows_finite is not None and agreed.books is Books.ROWS:
             # The rows are the global ones, of which this rank has the columns of its gradients.
             of_rows = agreed.layout.whole.rows_of(weights.detach())
-            write_columns(blocks, uncounted, entries, of_rows)
+            write_columns(blocks, uncounted, entries, of_rows, own.begin())
         elif agreed.books is Books.NO or weights.numel() == 0:
             distribution.check_takes_backward()
-            with kept:
+            with kept, self.watched():
                 distribution.weighted_backward(output, local, retain_graph=retain_graph)
             distribution.place_gradients([e.parameter for e in entries])
         else:
@@ -168,10 +170,31 @@ class Step:
                     gradients = differentiated(
                         distribution, output, entries, local, retain_graph=retain_graph
                     )
+            if distribution.everyone.size > 1:
+                gradients = Noting(gradients, [e.name for e in entries], own.begin())
             present = [agreed.layout.has_rows(e.index) for e in entries]
             distribution.write_gradients([e.parameter for e in entries], gradients, present)
         if not retain_graph:
             self.capture.release_passed()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, a backward is noted whose gradients other ranks are going to see."""
+        self.watch()
+        try:
+            yield
+        finally:
+            self.contributor.own.release()
+
+    def watch(self) -> None:
+        """Notes the backward that follows, until the next call."""
+        distribution = self.contributor.distribution
+        if distribution.everyone.size == 1:
+            return
+        leaves = distribution.leaves()
+        self.contributor.own.watch(
+            {e.name: leaves.get(e.parameter, e.parameter) for e in self.contributor.table.trainable}
+        )
 
     def reduce_accumulated(self) -> None:
         """Micro-steps under no_sync rely on the reduction of a step that is skipped."""

@@ -28,7 +28,10 @@ class ProjectorCounts:
 
     def after(self) -> dict[str, int]:
         """They have run: how much each count grew, over all their projectors."""
-        grown = [new - old for new, old in zip(self._counts(), self._before, strict=True)]
+        counts = self._counts()
+        if counts == self._before:  # nearly always
+            return {}
+        grown = [new - old for new, old in zip(counts, self._before, strict=True)]
         return {name: sum(grown[i :: len(_COUNTED)]) for i, name in enumerate(_COUNTED)}
 
     def _counts(self) -> list[int]:

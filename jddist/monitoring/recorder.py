@@ -248,16 +248,17 @@ class Recorder(Observer):
             return
         self._projectors.before(weightings)
         self._weightings = weightings
-        self._weighs_at = self._clock()
+        if self._takes_times():
+            self._weighs_at = self._clock()
 
     @_guarded
     def weighed(self, weightings: Sequence[object]) -> None:
         if not self._writes():
             return
-        # Also outside of a step: the weights of two batches belong to the step that is to come.
-        self._weighed_at = self._clock()
-        before = self._seconds.get("weighting", 0.0)
-        self._seconds["weighting"] = before + self._weighed_at - self._weighs_at
+        if self._takes_times():
+            self._weighed_at = self._clock()
+            before = self._seconds.get("weighting", 0.0)
+            self._seconds["weighting"] = before + self._weighed_at - self._weighs_at
         self._add(self._projectors.after())
 
     @_guarded
@@ -354,6 +355,10 @@ class Recorder(Observer):
         if wait and torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def _takes_times(self) -> bool:
+        """Also outside of a step: the weights of two batches belong to the step that is to come."""
+        return self._recording or not self._open
 
     def _forget_step(self) -> None:
         self._recording = False

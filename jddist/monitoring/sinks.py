@@ -14,7 +14,7 @@ import numpy as np
 
 from jddist._version import __version__
 
-from .record import Record, Session, Spread, Summary
+from .record import Record, Session, Spread
 
 VERSION = 1
 FILE_NAME = "steps.jsonl"
@@ -144,12 +144,14 @@ class TensorBoard(Sink):
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard.summary import HistogramProto, Summary
         except ImportError as error:
             raise ImportError(
                 "Found no tensorboard, which this sink writes with; expected it to be installed. "
                 'Run: pip install "jddist[monitoring]"'
             ) from error
         self._make = SummaryWriter
+        self._summary, self._histogram = Summary, HistogramProto
         self._directory = directory
         self._writer: Any = None
 
@@ -161,28 +163,30 @@ class TensorBoard(Sink):
     def __call__(self, record: Record, /) -> None:
         if self._writer is None:
             raise RuntimeError("Found no open event file; expected one. Call begin first.")
-        for name, value in record.scalars().items():
-            self._writer.add_scalar(name, value, record.step, walltime=record.time)
+        value = self._summary.Value
+        values = [value(tag=name, simple_value=v) for name, v in record.scalars().items()]
         for group in record.groups:
             if isinstance(group.cosines, Spread) and group.cosines.histogram is not None:
-                self._add_histogram(group, group.cosines, record)
+                tag = f"groups/{group.name}/cosines" if group.name else "cosines"
+                values.append(value(tag=tag, histo=self._histogram_of(group.cosines)))
+        # One event for all of them: SummaryWriter.add_scalar makes one each, ten times as slow.
+        self._writer.file_writer.add_summary(
+            self._summary(value=values), record.step, walltime=record.time
+        )
 
-    def _add_histogram(self, group: Summary, cosines: Spread, record: Record) -> None:
+    def _histogram_of(self, cosines: Spread) -> Any:
         counts = cosines.histogram
         assert counts is not None
         edges = np.linspace(-1.0, 1.0, len(counts) + 1)
         centres = (edges[1:] + edges[:-1]) / 2
-        self._writer.add_histogram_raw(
-            f"groups/{group.name}/cosines" if group.name else "cosines",
+        return self._histogram(
             min=float(cosines.quantiles[0]),
             max=float(cosines.quantiles[-1]),
             num=int(counts.sum()),
             sum=float(counts @ centres),
             sum_squares=float(counts @ centres**2),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=record.step,
-            walltime=record.time,
+            bucket_limit=edges[1:].tolist(),
+            bucket=counts.tolist(),
         )
 
     def close(self, step: int, counts: Mapping[str, int]) -> None:

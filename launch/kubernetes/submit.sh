@@ -3,6 +3,7 @@
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 . "$home/launch/_environment.sh"
+. "$home/launch/_options.sh"
 . "$home/launch/_ranks.sh"
 
 usage() {
@@ -27,27 +28,11 @@ environment variables:
 HELP
 }
 
-dry_run='' image=${JDDIST_IMAGE:-} nodes=2 ranks='' gpus=0 restarts=3 namespace=()
-while [ $# -gt 0 ]; do
-    case $1 in
-        -h | --help) usage; exit 0 ;;
-        --dry-run) dry_run=yes; shift; continue ;;
-        -m) break ;;
-        --image | --nodes | --nproc | --gpus | --max-restarts | --namespace)
-            [ $# -gt 1 ] || fail "found $1 without a value (see --help)" ;;
-        -*) fail "found the option '$1'; expected one of --help's before the script" ;;
-        *) break ;;
-    esac
-    case $1 in
-        --image) image=$2 ;;
-        --nodes) nodes=$2 ;;
-        --nproc) ranks=$2 ;;
-        --gpus) gpus=$2 ;;
-        --max-restarts) restarts=$2 ;;
-        --namespace) namespace=(--namespace "$2") ;;
-    esac
-    shift 2
-done
+dry_run='' image=${JDDIST_IMAGE:-} nodes=2 ranks='' gpus=0 restarts=3 namespace=''
+read_options '--dry-run=dry_run' \
+    '--image=image --nodes=nodes --nproc=ranks --gpus=gpus --max-restarts=restarts --namespace=namespace' \
+    -- "$@"
+set -- "${script[@]}"
 [ $# -gt 0 ] || set -- examples/digits.py --out /tmp/digits
 
 [ -n "$image" ] || fail "found no image; expected one that the cluster can pull. Pass --image, or set JDDIST_IMAGE"
@@ -92,8 +77,8 @@ manifest=$(
 
 if [ -n "$dry_run" ]; then
     printf '%s\n' "$manifest"
-    printf '# %s\n' "kubectl create ${namespace[*]} -f -"
+    printf '# %s\n' "kubectl create ${namespace:+--namespace $namespace }-f -"
 else
     command -v kubectl > /dev/null || fail "found no kubectl on the PATH; expected it, with access to the cluster. --dry-run prints the manifest"
-    kubectl create "${namespace[@]}" -f - <<< "$manifest"
+    kubectl create ${namespace:+--namespace "$namespace"} -f - <<< "$manifest"
 fi

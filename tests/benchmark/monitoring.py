@@ -62,13 +62,7 @@ def _images(batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
 CASES = {
     "digits": Case("digits' network, 32 samples", _digits, _images(32)),
     "tasks": Case("the same, 10 tasks of a batch of 256", _digits, _images(256), tasks=True),
-    "mlp256": Case(MODELS["mlp256"].title, MODELS["mlp256"].make, MODELS["mlp256"].data),
-    "cnn": Case(MODELS["cnn"].title, MODELS["cnn"].make, MODELS["cnn"].data),
-    "transformer192": Case(
-        MODELS["transformer192"].title,
-        MODELS["transformer192"].make,
-        MODELS["transformer192"].data,
-    ),
+    **{name: Case(model.title, model.make, model.data) for name, model in MODELS.items()},
 }
 
 

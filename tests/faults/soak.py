@@ -18,15 +18,17 @@ import time
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
-from jddist import attach
+from jddist import attach, grouping
 from jddist.aggregation import GradVacWeighting, MoCo, UPGrad, UPGradWeighting
 from jddist.autogram import Engine
-from jddist.autojac import backward, jac_to_grad, mtl_backward
+from jddist.autojac import backward, jac_to_grad, jac_to_grad_groups, mtl_backward
 from jddist.checkpoint import Checkpointer
+from jddist.monitoring import Recorder
 from tests._ranks import run_ranks
+from tests.distributed._sharded import make_mesh, make_tied, shard
 from tests.distributed._training import LOSSES, local_part, make_data, make_network, wrap
 
 # What is sampled, and by how much its level may rise between the first and the last third of the
@@ -41,55 +43,124 @@ class _Steps:
     def __init__(self, rank: int, world_size: int, directory: str) -> None:
         self.model = wrap(make_network())
         self.rows = wrap(make_network())
+        tied = make_tied()
+        self.shards = shard(tied, [tied.first, tied.narrow], mesh=make_mesh())
         attach(self.rows, objectives=Shard(0))
         self.engine = Engine(self.model, batch_dim=0)
         self.tasks = Engine(self.model, batch_dim=None)
+        self.on_shards = Engine(self.shards, batch_dim=0)
+        self.tasks_on_shards = Engine(self.shards, batch_dim=None)
+        self.recorder = Recorder(f"{directory}/run", every=3, per_layer_every=20)
+        self.recorder.watch(self.engine)
         self.weighting, self.stateful = UPGradWeighting(), GradVacWeighting()
         self.aggregators = [UPGrad(), MoCo()]
-        models = (self.model, self.rows)
+        self.groups = grouping.per_layer(self.rows)
+        self.by_group = [UPGrad() for _ in self.groups]
+        models = (self.model, self.rows, self.shards)
         self.optimizers = [torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9) for m in models]
         self.x, self.y = (local_part(t, rank, world_size, "even") for t in make_data())
         self.checkpointer = Checkpointer(
-            directory, self.model, self.optimizers[0], others={"weighting": self.stateful}, keep=1
+            f"{directory}/checkpoints",
+            self.model,
+            self.optimizers[0],
+            others={"weighting": self.stateful},
+            keep=1,
+        )
+        self.kinds = (
+            self._with_weights_that_remember,
+            self._whole_step,
+            self._step_by_step,
+            self._tasks,
+            self._accumulated,
+            self._rows,
+            self._rows_of_tasks,
+            self._groups_of_rows,
+            self._sharded,
+            self._tasks_on_shards,
+            self._accumulated_on_shards,
+            self._rows_of_tasks_on_shards,
+            self._nothing_but_a_forward,
         )
         self.taken = 0
 
     def take(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        x, y = self.x, self.y
-        kind = self.taken % 8
-        if kind in (0, 1):
-            weighting = self.weighting if kind else self.stateful
-            self.engine.backward(LOSSES["instance"](self.model(x), y), weighting)
-        elif kind == 2:
-            losses = LOSSES["instance"](self.model(x), y)
-            gramian = self.engine.compute_gramian(losses)
-            weights = self.engine.compute_weights(gramian, self.weighting)
-            losses.backward(self.engine.local_weights(weights))
-        elif kind == 3:
-            losses = LOSSES["task"](self.model(x), y)
-            self.tasks.backward(losses, self.weighting, count=len(x))
-        elif kind == 4:
-            with self.engine.accumulate():
-                for part in (slice(0, 1), slice(1, None)):
-                    losses = LOSSES["instance"](self.model(x[part]), y[part])
-                    self.engine.backward(losses, self.weighting)
-        elif kind == 5:
-            backward(LOSSES["instance"](self.rows(x), y))
-            jac_to_grad(self.rows.parameters(), self.aggregators[self.taken // 8 % 2])
-        elif kind == 6:
-            features = self.rows(x)
-            tasks: list[Tensor] = [features[:, i].square().mean() for i in range(4)]
-            mtl_backward(tasks, features=features, count=len(x))
-            jac_to_grad(self.rows.parameters(), self.aggregators[0])
-        else:
-            self.model(x)  # a validation forward: never goes back
-            if self.taken % 400 == 7:
-                self.checkpointer.save(self.taken, wait=self.taken % 800 != 7)
+        self.kinds[self.taken % len(self.kinds)]()
         for optimizer in self.optimizers:
             optimizer.step()
         self.taken += 1
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.recorder.close()
+
+    def _losses(
+        self, model: nn.Module, kind: str = "instance", part: slice = slice(None)
+    ) -> Tensor:
+        return LOSSES[kind](model(self.x[part]), self.y[part])
+
+    def _with_weights_that_remember(self) -> None:
+        self.engine.backward(self._losses(self.model), self.stateful)
+
+    def _whole_step(self) -> None:
+        self.engine.backward(self._losses(self.model), self.weighting)
+
+    def _step_by_step(self) -> None:
+        losses = self._losses(self.model)
+        gramian = self.engine.compute_gramian(losses)
+        weights = self.engine.compute_weights(gramian, self.weighting)
+        losses.backward(self.engine.local_weights(weights))
+
+    def _tasks(self) -> None:
+        losses = self._losses(self.model, "task")
+        self.tasks.backward(losses, self.weighting, count=len(self.x))
+
+    def _accumulated(self) -> None:
+        with self.engine.accumulate():
+            for part in (slice(0, 1), slice(1, None)):
+                self.engine.backward(self._losses(self.model, part=part), self.weighting)
+
+    def _rows(self) -> None:
+        backward(self._losses(self.rows))
+        number = self.taken // len(self.kinds)
+        jac_to_grad(self.rows.parameters(), self.aggregators[number % 2])
+
+    def _tasks_of(self, model: nn.Module) -> None:
+        features = model(self.x)
+        tasks: list[Tensor] = [features[:, i].square().mean() for i in range(4)]
+        mtl_backward(tasks, features=features, count=len(self.x))
+
+    def _rows_of_tasks(self) -> None:
+        self._tasks_of(self.rows)
+        jac_to_grad(self.rows.parameters(), self.aggregators[0])
+
+    def _groups_of_rows(self) -> None:
+        self._tasks_of(self.rows)
+        jac_to_grad_groups(self.groups, self.by_group)
+
+    def _sharded(self) -> None:
+        self.on_shards.backward(self._losses(self.shards), self.weighting)
+
+    def _tasks_on_shards(self) -> None:
+        losses = self._losses(self.shards, "task")
+        self.tasks_on_shards.backward(losses, self.weighting, count=len(self.x))
+
+    def _accumulated_on_shards(self) -> None:
+        with self.on_shards.accumulate():
+            for part in (slice(0, 1), slice(1, None)):
+                self.on_shards.backward(self._losses(self.shards, part=part), self.weighting)
+
+    def _rows_of_tasks_on_shards(self) -> None:
+        self._tasks_of(self.shards)
+        trained = [p for p in self.shards.parameters() if p.requires_grad]
+        jac_to_grad(trained, self.aggregators[0])
+
+    def _nothing_but_a_forward(self) -> None:
+        self.model(self.x)  # a validation forward: never goes back
+        number = self.taken // len(self.kinds)
+        if number % 50 == 0:
+            self.checkpointer.save(self.taken, wait=number % 100 == 0)
 
 
 def sample() -> dict[str, int]:
@@ -114,12 +185,12 @@ def steps_for(
     """Takes steps for some time; the samples, with the number of steps and the milliseconds."""
     torch.manual_seed(0)
     found: list[dict[str, int]] = []
-    steps = _Steps(rank, world_size, f"{folder}/checkpoints")
+    steps = _Steps(rank, world_size, folder)
     start = time.monotonic()
     due = torch.zeros(1)
     # On a machine that is too slow for all samples there are fewer, and the time is kept.
     while len(found) < MINIMUM or float(due) < seconds:
-        for _ in range(40):
+        for _ in range(2 * len(steps.kinds)):  # every sample is taken after the same ones
             steps.take()
         # The ranks have to take the same number of steps: rank 0's clock counts.
         due[0] = time.monotonic() - start
@@ -127,7 +198,7 @@ def steps_for(
         if float(due) >= seconds * (len(found) + 1) / samples or len(found) < MINIMUM:
             steps.checkpointer.wait()
             found.append({"steps": steps.taken, "ms": int(1000 * float(due)), **sample()})
-    steps.checkpointer.close()
+    steps.close()
     return found
 
 

@@ -100,6 +100,7 @@ def _kill_and_check(folder: Path, kills: int, epochs: int, expected: torch.Tenso
     draw = random.Random(0)
     log = folder / "log"
     last = epochs * STEPS
+    all_workers: list[psutil.Process] = []
     with _started(_command(folder, kills, epochs), log) as launcher:
         for number in range(kills):
             left = last - EVERY - _newest(folder)
@@ -109,13 +110,18 @@ def _kill_and_check(folder: Path, kills: int, epochs: int, expected: torch.Tenso
             time.sleep(draw.uniform(0, 0.03))
             workers = _workers(launcher)
             assert len(workers) == 2, log.read_text()[-4000:]
+            all_workers += workers
             before = {worker.pid for worker in workers}
             draw.choice(workers).kill()
             deadline = time.monotonic() + 120
             while len({w.pid for w in _workers(launcher)} - before) < 2:
                 assert time.monotonic() < deadline and launcher.poll() is None, log.read_text()
                 time.sleep(0.02)
+        all_workers += _workers(launcher)
         assert launcher.wait(300) == 0, log.read_text()[-4000:]
+    assert len({worker.pid for worker in all_workers}) == 2 * (kills + 1)
+    assert not any(worker.is_running() for worker in all_workers)  # no orphans
+    assert log.read_text().count("(exitcode: -9)") == kills
     step, parameters = _parameters(folder)
     assert step == last
     # Not bit by bit: a projector starts its iterations where the last ones ended.

@@ -47,8 +47,10 @@ def test_help_explains_all_options(script: str) -> None:
     code, out, _ = run(script, "--help")
     assert code == 0 and out.startswith("usage: ") and "environment variables" in out
     text = (ROOT / script).read_text()
-    for option in re.findall(r"^ +(--[a-z-]+)\)", text, flags=re.MULTILINE):
-        assert option in out
+    options = re.findall(r"^ +(--[a-z-]+)\)|(--[a-z-]+)=[a-z_]+[ ']", text, flags=re.MULTILINE)
+    assert len(options) >= 2
+    for option in options:
+        assert "".join(option) in out
     for variable in set(re.findall(r"\$\{(JDDIST_[A-Z_]+)", text)) - {"JDDIST_SSH"}:
         assert variable in out
 
@@ -63,6 +65,18 @@ def test_unknown_options_are_refused(script: str) -> None:
     assert (code == 1 and "expected a whole number, 1 or more" in err) or "slurm" in script
 
 
+# (Before slurm.sbatch knows where the others are, it reads its two options by itself.)
+@pytest.mark.parametrize("script", [s for s in LAUNCHERS if "slurm" not in s])
+def test_a_value_may_follow_an_equals_sign(script: str) -> None:
+    code, out, err = run(script, *LAUNCHERS[script], "--nproc=3", "--dry-run", "x.py", "--lr=0.1")
+    assert code == 0 and err == "", err
+    assert "x.py" in out and "--lr=0.1" in out and "3" in out
+    code, _, err = run(script, *LAUNCHERS[script], "--dry-run=1", "x.py")
+    assert code == 1 and "found the option '--dry-run=1'" in err
+    code, _, err = run(script, *LAUNCHERS[script], "--[a-z]*", "x.py")
+    assert code == 1 and "found the option '--[a-z]*'" in err
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "elastic.sh", "multinode.sh"])
 def test_scripts_and_modules_are_passed_on_word_by_word(script: str) -> None:
     arguments = [*LAUNCHERS[f"launch/{script}"], "--nproc", "3"]
@@ -72,6 +86,13 @@ def test_scripts_and_modules_are_passed_on_word_by_word(script: str) -> None:
     assert words[-4:] == ["-m", "some.module", "--nproc", "9"]
     assert words[-6:-4] != ["--nproc", "9"] and "3" in words
     assert _dry_run(f"launch/{script}", *arguments)[-1] == str(ROOT / "examples/digits.py")
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "elastic.sh", "multinode.sh"])
+def test_a_script_that_is_not_there_is_refused(script: str) -> None:
+    arguments = [*LAUNCHERS[f"launch/{script}"], "--nproc", "1", "no such.py", "--lr", "1"]
+    code, _, err = run(f"launch/{script}", *arguments)
+    assert code == 1 and "found no script 'no such.py'; expected a file, or -m" in err
 
 
 def test_the_environment_is_set_where_the_user_did_not() -> None:
