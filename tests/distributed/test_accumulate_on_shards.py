@@ -125,7 +125,7 @@ def _failures(rank: int, world_size: int) -> dict[str, str]:
         "hooked": _message(hooked),
     }
     assert all(p.grad is None for p in model.parameters())
-    with tasks.accumulate(), spying_on_wrapper(world_size) as log:
+    with tasks.accumulate(), spying_on_wrapper() as log:
         tasks.backward(LOSSES["task"](model(x), y), weighting, count=len(x))
     assert sum(name == "reduce_scatter" for name, _ in log) == 4 * 4  # tasks x modules
     assert all(p.grad is not None for p in model.parameters()) and whole_modules(model) == 0

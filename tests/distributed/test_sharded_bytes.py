@@ -51,9 +51,9 @@ def _instances(outputs: Tensor) -> Tensor:
     return outputs.square().sum(dim=1)
 
 
-def _sharded() -> nn.Module:
+def _sharded(replicas: int) -> nn.Module:
     model = _make()
-    shard(model, [model[0], model[2]], mesh=make_mesh(), reshard=True)
+    shard(model, [model[0], model[2]], mesh=make_mesh(replicas), reshard=True)
     return model
 
 
@@ -68,7 +68,7 @@ def _last_task_beside_the_shards(model: nn.Module, x: Tensor) -> None:
     assert whole_modules(model) == 0
 
 
-def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
+def _on_ranks(rank: int, world_size: int, replicas: int) -> dict[str, Any]:
     x = _data()[: EACH * world_size].split(EACH)[rank]
 
     def plain(model: nn.Module, losses: Tensor) -> None:
@@ -102,15 +102,15 @@ def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "rows, speed": (by_rows("speed"), _tasks),
         "instances": (engine(batch_dim=0, prefer="bytes"), _instances),
     }
-    _last_task_beside_the_shards(_sharded(), x)
+    _last_task_beside_the_shards(_sharded(replicas), x)
     found: dict[str, Any] = {}
     for name, (step, losses_of) in cases.items():
-        model = _sharded()
+        model = _sharded(replicas)
         getattr(step, "prepare", lambda _: None)(model)
         for _ in range(2):  # the second step is like all that follow
             model.zero_grad()
             losses = losses_of(model(x))
-            with spying_on_wrapper(world_size) as wrapper, spying(rank, world_size) as own:
+            with spying_on_wrapper() as wrapper, spying(rank, world_size) as own:
                 step(model, losses)
             assert whole_modules(model) == 0, name
         messages: dict[str, list[list[float]]] = {}
@@ -125,8 +125,8 @@ def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
 
 
 @cache
-def _found(world_size: int) -> list[dict[str, Any]]:
-    return run_ranks(_on_ranks, world_size)
+def _found(world_size: int, replicas: int = 1) -> list[dict[str, Any]]:
+    return run_ranks(_on_ranks, world_size, replicas)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -179,9 +179,60 @@ def test_bytes_sent(world_size: int) -> None:
         assert total in possible
 
 
+def test_bytes_sent_with_replicas() -> None:
+    """Hybrid sharding on 2 x 2 ranks: shards are cut over 2, and summed over 2 replicas."""
+    w, replicas, shards = 4, 2, 2
+    n = sum(-(-sh[0] // shards) * shards * (sh[1] if len(sh) > 1 else 1) for sh in SHAPES)
+
+    def times(k: int, of_one: float) -> list[float]:
+        return [k * MODULES, pytest.approx(k * of_one)]
+
+    over_shards = (shards - 1) / shards * n * S
+    over_replicas = 2 * (replicas - 1) / replicas * (n / shards) * S
+    wrapper = {
+        "plain": (1, 1),
+        "tasks, memory": (M, M),
+        "tasks, speed": (1, M),
+        "rows, memory": (M, M),
+        "rows, speed": (1, M),
+        "instances": (2, 1),
+    }
+    # The engine adds up over all ranks, rows over those that hold other columns.
+    gramian = 2 * (w - 1) / w * (M * (M + 1) // 2 + w * M) * S
+    of_rows = 2 * (shards - 1) / shards * (M * M + shards * M) * S
+    for rank, found in enumerate(_found(w, replicas)):
+        for name, (gathers, reductions) in wrapper.items():
+            assert found[name]["wrapper"] == {
+                "all_gather": times(gathers, over_shards),
+                "reduce_scatter": times(reductions, over_shards),
+                "all_reduce": times(reductions, over_replicas),
+            }, name
+        assert found["plain"]["own"] == {}
+        for name in ("tasks, memory", "tasks, speed", "rows, memory", "rows, speed"):
+            own = found[name]["own"]
+            headers = own.pop("all_gather")
+            assert len(headers) == (1 if name.startswith("tasks") else 3)
+            assert max(headers) <= (w - 1) * 64
+            weights = (2 + M) * 8.0 if rank == 0 else 0.0
+            sums = gramian if name.startswith("tasks") else of_rows
+            assert own == {"all_reduce": [pytest.approx(sums)], "broadcast": [weights]}, name
+        own = found["instances"]["own"]
+        samples = EACH * w
+        sums = 2 * (w - 1) / w * (samples * (samples + 1) // 2 + samples) * S
+        assert own["all_reduce"] == [pytest.approx(sums)]
+        # The factors of both layers, from half of the pairs of all ranks to the other half.
+        total = sum(own["all_to_all_single"])
+        sizes = [IN + HIDDEN, HIDDEN + OUT]
+        assert total in {
+            float(EACH * (a * sizes[0] + b * sizes[1]) * S) for a in (1, 2) for b in (1, 2)
+        }
+
+
 def test_all_ways_give_the_step_of_one_process() -> None:
-    model, x = _make(), _data()[: 2 * EACH]
-    for found in _found(2):
+    model = _make()
+    ranks = [(2, found) for found in _found(2)] + [(4, found) for found in _found(4, 2)]
+    for world_size, found in ranks:
+        x = _data()[: world_size * EACH]
         for name, case in found.items():
             losses = _instances(model(x)) if name == "instances" else _tasks(model(x))
             rows = jacobian(losses, list(model.parameters()))
