@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jddist import attach
-from jddist.aggregation import UPGrad, UPGradWeighting
+from jddist.aggregation import Aggregator, GradDrop, UPGrad, UPGradWeighting
 from jddist.autogram import Engine
 from jddist.autojac import jac_to_grad, mtl_backward
 from tests._oracle import jacobian, relative_error
@@ -86,10 +86,13 @@ def _on_ranks(rank: int, world_size: int, replicas: int) -> dict[str, Any]:
         step.prepare = prepare  # type: ignore[attr-defined]
         return step
 
-    def by_rows(reshard: Any) -> Callable[[nn.Module, Tensor], None]:
+    def by_rows(
+        reshard: Any, make: Callable[[], Aggregator] = UPGrad
+    ) -> Callable[[nn.Module, Tensor], None]:
         def step(model: nn.Module, losses: Tensor) -> None:
             mtl_backward(list(losses), features=losses, shared_params=model.parameters())
-            jac_to_grad(list(model.parameters()), UPGrad())
+            torch.manual_seed(6)
+            jac_to_grad(list(model.parameters()), make())
 
         step.prepare = lambda model: attach(model, reshard=reshard)  # type: ignore[attr-defined]
         return step
@@ -100,6 +103,7 @@ def _on_ranks(rank: int, world_size: int, replicas: int) -> dict[str, Any]:
         "tasks, speed": (engine(batch_dim=None, reshard="speed"), _tasks),
         "rows, memory": (by_rows("memory"), _tasks),
         "rows, speed": (by_rows("speed"), _tasks),
+        "rows, by columns": (by_rows("memory", GradDrop), _tasks),
         "instances": (engine(batch_dim=0, prefer="bytes"), _instances),
     }
     _last_task_beside_the_shards(_sharded(replicas), x)
@@ -145,6 +149,7 @@ def test_bytes_sent(world_size: int) -> None:
         "tasks, speed": (1, M),
         "rows, memory": (M, M),
         "rows, speed": (1, M),
+        "rows, by columns": (M, M),
         # All are gathered for the first pass, and for the weighted one.
         "instances": (2, 1),
     }
@@ -165,6 +170,11 @@ def test_bytes_sent(world_size: int) -> None:
             weights = (2 + M) * 8.0 if rank == 0 else 0.0
             sums = gramian if name.startswith("tasks") else of_rows
             assert own == {"all_reduce": [pytest.approx(sums)], "broadcast": [weights]}, name
+        # Columns stay where they are: what is sent are flags of rows that are finite.
+        own = found["rows, by columns"]["own"]
+        flags = 2 * (w - 1) / w * w * M * S
+        assert own.keys() == {"all_gather", "all_reduce"}
+        assert own["all_reduce"] == [pytest.approx(flags)]
         # Samples: what the factors of both layers take, the first from the lower half of the ranks
         # to the upper, or the other way round: half of the pairs of ranks.
         own = found["instances"]["own"]
@@ -195,6 +205,7 @@ def test_bytes_sent_with_replicas() -> None:
         "tasks, speed": (1, M),
         "rows, memory": (M, M),
         "rows, speed": (1, M),
+        "rows, by columns": (M, M),
         "instances": (2, 1),
     }
     # The engine adds up over all ranks, rows over those that hold other columns.
@@ -216,6 +227,10 @@ def test_bytes_sent_with_replicas() -> None:
             weights = (2 + M) * 8.0 if rank == 0 else 0.0
             sums = gramian if name.startswith("tasks") else of_rows
             assert own == {"all_reduce": [pytest.approx(sums)], "broadcast": [weights]}, name
+        own = found["rows, by columns"]["own"]
+        flags = 2 * (shards - 1) / shards * shards * M * S
+        assert own.keys() == {"all_gather", "all_reduce"}
+        assert own["all_reduce"] == [pytest.approx(flags)]
         own = found["instances"]["own"]
         samples = EACH * w
         sums = 2 * (w - 1) / w * (samples * (samples + 1) // 2 + samples) * S
@@ -236,5 +251,8 @@ def test_all_ways_give_the_step_of_one_process() -> None:
         for name, case in found.items():
             losses = _instances(model(x)) if name == "instances" else _tasks(model(x))
             rows = jacobian(losses, list(model.parameters()))
-            expected = rows.mean(0) if name == "plain" else UPGrad()(rows)
+            torch.manual_seed(6)
+            by_columns = name == "rows, by columns"
+            expected = (GradDrop() if by_columns else UPGrad())(rows)
+            expected = rows.mean(0) if name == "plain" else expected
             assert relative_error(case["gradient"], expected) <= BOUND, name
