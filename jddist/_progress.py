@@ -19,6 +19,11 @@ STAGES = ("forward", "handshake", "exchange", "weighting", "broadcast", "backwar
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
+def inside_backward() -> bool:
+    """Whether autograd calls: an activation checkpoint runs forwards there."""
+    return _graph_task() != -1
+
+
 class Progress:
     """The step and stage of this process.
 
@@ -48,7 +53,7 @@ class Progress:
 
     def enter_forward(self) -> None:
         """Notes that a module was called, which ends a backward of the user's own."""
-        if self.stage != "forward" and _graph_task() == -1:
+        if self.stage != "forward" and not inside_backward():
             self.enter("forward")
 
 

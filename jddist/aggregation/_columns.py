@@ -21,11 +21,24 @@ class Columns(ABC):
     """The columns of J at hand, and how to learn what the other shards' columns contribute."""
 
     @abstractmethod
-    def span(self, width: int) -> tuple[int, int]:
-        """Where these columns are: the index of the first one, and n, the number of all columns.
+    def total(self, width: int) -> int:
+        """n, the number of all columns.
 
         Args:
             width: The number of columns at hand.
+        """
+
+    @abstractmethod
+    def among(self, width: int, first: int, last: int) -> tuple[slice, slice | Tensor]:
+        """Which columns at hand are among the columns ``first`` to ``last`` of J, in its order.
+
+        Args:
+            width: The number of columns at hand.
+            first: A column of J.
+            last: The column after the last one in question.
+
+        Returns:
+            The columns at hand, and for each of them its place in ``range(last - first)``.
         """
 
     @abstractmethod
@@ -61,8 +74,11 @@ class Columns(ABC):
 class WholeColumns(Columns):
     """All columns are here: nothing to add, nothing to share."""
 
-    def span(self, width: int) -> tuple[int, int]:
-        return 0, width
+    def total(self, width: int) -> int:
+        return width
+
+    def among(self, width: int, first: int, last: int) -> tuple[slice, slice | Tensor]:
+        return slice(first, last), slice(0, last - first)
 
     def sum(self, partial: Tensor) -> Tensor:
         return partial
@@ -81,6 +97,12 @@ class WholeColumns(Columns):
                 "torch.distributed.checkpoint, after jddist.autojac.allocate_state."
             )
         return packed
+
+
+def overlap(start: int, stop: int, first: int, last: int) -> tuple[slice, slice]:
+    """`Columns.among` for the columns from `start` to `stop` of J."""
+    low, high = max(start, first), max(min(stop, last), start, first)
+    return slice(low - start, high - start), slice(low - first, high - first)
 
 
 _current: ContextVar[Columns] = ContextVar("jddist_columns", default=WholeColumns())  # noqa: B039

@@ -15,8 +15,9 @@ from jddist.linalg.matrix import Matrix
 from ._bases import Aggregator
 from ._columns import UsesSettings, current_columns
 
-# How many columns are drawn and worked on at a time.
+# How many columns are drawn at a time, and how many are worked on.
 CHUNK = 1 << 20
+AT_ONCE = 1 << 16
 
 
 def _identity(purity: Tensor) -> Tensor:
@@ -83,21 +84,22 @@ class GradDrop(Aggregator, Seeded, UsesSettings):
                 f"There are {len(self.leak)} leak shares, but {m} objectives (rows of a tensor of "
                 f"shape {tuple(matrix.shape)}): give one share per objective."
             )
-        start, total = current_columns().span(width)
+        columns, result = current_columns(), matrix.new_zeros(width)
         if m == 0:
-            return matrix.new_zeros(width)
-        device = self.draws_on(matrix.device)
-        pieces = [matrix.new_zeros(0)]
+            return result
+        device, total = self.draws_on(matrix.device), columns.total(width)
         for first in range(0, total, CHUNK):
             last = min(first + CHUNK, total)
             draws = torch.rand(
                 last - first, generator=self.generator, dtype=matrix.dtype, device=device
             ).to(matrix.device)
-            low, high = max(start, first), min(start + width, last)
-            if low < high:
-                columns = matrix[:, low - start : high - start]
-                pieces.append(self._drop(columns, draws[low - first : high - first]))
-        return torch.cat(pieces)
+            here, places = columns.among(width, first, last)
+            mine = draws[places if isinstance(places, slice) else places.to(draws.device)]
+            for start in range(here.start, here.stop, AT_ONCE):
+                part = slice(start, min(start + AT_ONCE, here.stop))
+                of_part = mine[start - here.start : part.stop - here.start]
+                result[part] = self._drop(matrix[:, part], of_part)
+        return result
 
     def _drop(self, matrix: Tensor, draws: Tensor) -> Tensor:
         # A column of zeros has the purity 0/0: nothing is kept, and there is nothing to keep.

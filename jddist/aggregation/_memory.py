@@ -42,8 +42,9 @@ class Remembers(nn.Module, Stateful):
 class ColumnState(nn.Module, Stateful):
     """A remembered tensor [m, n], of which each shard keeps only the columns [m, n_r] at hand.
 
-    In `state_dict` it is one tensor over all columns: a plain one in one process; over several
-    ranks whatever the current columns pack their part into, so that it can be resharded.
+    Those have to be consecutive columns of J, in its order. In `state_dict` it is one tensor over
+    all columns: a plain one in one process; over several ranks whatever the current columns pack
+    their part into, so that it can be resharded.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class ColumnState(nn.Module, Stateful):
             matrix: The columns of J at hand, [m, n_r].
         """
         columns, packed = current_columns(), self._packed
-        _, total = columns.span(matrix.shape[1])
+        total = columns.total(matrix.shape[1])
         if packed is None or packed.shape != (len(matrix), total) or packed.dtype != matrix.dtype:
             return None
         return columns.unpack(packed).to(matrix.device)
@@ -77,3 +78,8 @@ class ColumnState(nn.Module, Stateful):
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over the tensor of another instance."""
         self._packed = None if state.shape == (0, 0) else state.detach().clone()
+
+
+def needs_order(module: nn.Module) -> bool:
+    """Whether a shard's columns have to be consecutive ones of J, in its order."""
+    return any(isinstance(part, ColumnState) for part in module.modules())

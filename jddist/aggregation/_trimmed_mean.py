@@ -12,6 +12,9 @@ from jddist.linalg.matrix import Matrix
 from ._bases import Aggregator
 from ._columns import UsesSettings
 
+# How many columns are sorted at a time: sorting takes the memory of some copies.
+AT_ONCE = 1 << 16
+
 
 class TrimmedMean(Aggregator, UsesSettings):
     """Averages each column of the Jacobian without its largest and smallest values.
@@ -44,8 +47,12 @@ class TrimmedMean(Aggregator, UsesSettings):
                 f"least. Found {m} (rows of a tensor of shape {tuple(matrix.shape)}): lower "
                 "trim_number."
             )
-        in_order = matrix.sort(dim=0).values
-        return in_order[self.trim_number : m - self.trim_number].mean(dim=0)
+        result = matrix.new_empty(matrix.shape[1])
+        for start in range(0, len(result), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            in_order = matrix[:, part].sort(dim=0).values
+            result[part] = in_order[self.trim_number : m - self.trim_number].mean(dim=0)
+        return result
 
     def __repr__(self) -> str:
         return f"TrimmedMean(trim_number={self.trim_number})"

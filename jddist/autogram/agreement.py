@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -104,13 +104,28 @@ class Agreement:
         found = self.of(call, local, passes=weights is None and not by_passes)
         if not by_passes:
             return found
+        retain = retain_graph or found.books is Books.NO
+        return self.with_rows(found, [found.layout.local.rows_of(output)], retain_graph=retain)
+
+    def with_rows(
+        self, found: Agreed, objectives: Sequence[Tensor], *, retain_graph: bool
+    ) -> Agreed:
+        """What was agreed on, with rows by one pass of all ranks for each objective.
+
+        Args:
+            found: What was agreed on, without rows.
+            objectives: This rank's vectors of objectives, each with its graph.
+            retain_graph: Whether to keep the graphs.
+        """
         distribution, placement = self.contributor.distribution, self.contributor.placement
         assert isinstance(distribution, FullyShard)
-        factor = distribution.backward_factor(placement)
-        table = self.contributor.table
-        retain = retain_graph or found.books is Books.NO
         layout, blocks, uncounted = row_blocks(
-            distribution, found.layout, output, table, factor, retain_graph=retain
+            distribution,
+            found.layout,
+            objectives,
+            self.contributor.table,
+            distribution.backward_factor(placement),
+            retain_graph=retain_graph,
         )
         return replace(found, layout=layout, blocks=blocks, uncounted=uncounted)
 

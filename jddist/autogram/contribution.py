@@ -15,7 +15,6 @@ from jddist.distribution.counts import Count, checked_count
 from jddist.distribution.fully_shard import FullyShard
 from jddist.distribution.lockstep import check_plain
 from jddist.distribution.planning import Prefer
-from jddist.errors import UnsupportedModelError
 
 from . import global_pass
 from .accumulation import Joined, stack_blocks
@@ -113,11 +112,7 @@ class Contributor:
         if weights is not None:
             local.agree["shape of the weights"] = list(weights.shape)
         elif self.by_passes:
-            assert isinstance(self.distribution, FullyShard)
-            self.distribution.check_takes_passes()
-            local.agree["parameters reached"] = self.local_pass.reached(output)
-            local.agree["reshard"] = self.distribution.reshard
-            local.blocks = [None] * len(self.table.entries)
+            self._prepare_passes(local, [output])
             # Columns of the global rows, weighed, are this rank's part of the gradient; in lockstep
             # a rank has only those for which it answers.
             alone = not self.distribution.lockstep.active
@@ -154,21 +149,28 @@ class Contributor:
         for part, count in zip((joint.first, joint.second), counts or (), strict=False):
             known = (known or []) + (self.rows_of_count(count, part) or [])
         parts = (joint.first, joint.second)
-        if self.by_passes:
-            raise UnsupportedModelError(
-                "Found Engine.cross_gramian of tasks with fully_shard; expected another wrapper. "
-                "Take both batches' rows by jddist.autojac.jac, and multiply their local shards."
-            )
         self.distribution.check_gives_rows()
         local = self._described(layout, joint.outputs, parts, counts is not None)
-        blocks = [
-            self.local_pass.blocks(output, part)
-            for output, part in zip(joint.outputs, parts, strict=True)
-        ]
-        local.blocks = stack_blocks(blocks, [part.num_rows for part in parts])
+        if self.by_passes:
+            self._prepare_passes(local, joint.outputs)
+        else:
+            blocks = [
+                self.local_pass.blocks(output, part)
+                for output, part in zip(joint.outputs, parts, strict=True)
+            ]
+            local.blocks = stack_blocks(blocks, [part.num_rows for part in parts])
         local.info = global_pass.to_tell(local.blocks, layout, known, self.local_pass.samples)
         local.info |= {"books": [int(Books.NO), 0], "both": [part.size for part in parts]}
         return local
+
+    def _prepare_passes(self, local: Contribution, outputs: Sequence[Tensor]) -> None:
+        """What the ranks have to know before passes of all of them, which give the rows."""
+        assert isinstance(self.distribution, FullyShard)
+        self.distribution.check_takes_passes()
+        reached = [self.local_pass.reached(output) for output in outputs]
+        local.agree["parameters reached"] = reached if len(reached) > 1 else reached[0]
+        local.agree["reshard"] = self.distribution.reshard
+        local.blocks = [None] * len(self.table.entries)
 
     def of_joined(self, joined: Joined) -> Contribution:
         """What this rank found for several batches."""

@@ -28,6 +28,10 @@ def cross_gramian(
 
     agreed = agreement.of("Engine.cross_gramian", local, passes=not contributor.by_passes)
     assert joint is not None
+    if contributor.by_passes:
+        layouts = zip((joint.first, joint.second), joint.outputs, strict=True)
+        vectors = [layout.rows_of(output) for layout, output in layouts]
+        agreed = agreement.with_rows(agreed, vectors, retain_graph=True)
     parts = global_pass.gramian(
         contributor.distribution,
         agreed.layout,

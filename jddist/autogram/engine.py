@@ -388,7 +388,9 @@ class Engine:
 
         Raises:
             The errors of ``compute_gramian`` and ``compute_weights``, at the end of the context.
-            What is raised within the context passes through, and reaches the other ranks there.
+            What is raised within the context passes through, and the other ranks raise a RankError:
+            at the end of the context, or in fully_shard at their next forward or batch. (There, of
+            what is raised in the middle of a forward they hear when its messages time out.)
         """
         with self._joining.accumulate() as accumulation:
             yield accumulation

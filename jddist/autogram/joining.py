@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from jddist.distribution import stalls
 from jddist.distribution.base import is_average
 from jddist.distribution.counts import Count
 from jddist.distribution.fully_shard import FullyShard
-from jddist.errors import UnsupportedModelError
+from jddist.distribution.handshake import was_told
+from jddist.distribution.meeting import Forwards
+from jddist.errors import StalledRankError, UnsupportedModelError
 
 from .accumulation import Accumulation, Joined, MicroBatch
 from .agreement import Agreement
@@ -36,6 +39,7 @@ class Joining:
     step: Step
     _current: Accumulation | None = field(default=None, init=False)
     _rows: JoinedRows = field(default_factory=JoinedRows, init=False)
+    _forwards: Forwards | None = field(default=None, init=False)
 
     @property
     def is_open(self) -> bool:
@@ -60,11 +64,12 @@ class Joining:
         accumulation = self._current = Accumulation()
         self._rows = JoinedRows()
         try:
-            yield accumulation
+            with self._shared_failures():
+                yield accumulation
         except Exception as error:
             self._current, self._rows = None, JoinedRows()
             if self._on_shards:
-                raise  # the others may be in a forward, whose messages those of a call would meet
+                raise  # the others know
             try:
                 self._finish(accumulation, error)
             except Exception:
@@ -73,6 +78,42 @@ class Joining:
         finally:
             self._current = None
         self._finish(accumulation, None)
+
+    @contextmanager
+    def _shared_failures(self) -> Iterator[None]:
+        """On shards, whose forwards are a matter of all ranks: what one raises within, all raise.
+
+        But for what is raised in the middle of a forward: there the others wait in the wrapper's
+        messages, and are told by whom they were left when these fail.
+        """
+        distribution = self.agreement.contributor.distribution
+        if not self._on_shards:
+            yield
+            return
+        assert isinstance(distribution, FullyShard)
+        stalls.note("")
+        self._forwards = forwards = distribution.forwards("a forward within Engine.accumulate")
+        try:
+            with forwards.met():
+                yield
+        except Exception as error:
+            if was_told(error) or isinstance(error, StalledRankError):
+                raise  # on every rank
+            if stalls.is_failure(error):
+                # What the wrapper waited for in vain, or a collective of the user's own.
+                with distribution.everyone.naming():
+                    raise
+            if forwards.unfinished:
+                said = f"{type(error).__name__}: {error}"
+                stalls.note(f"{said} (raised in a forward within Engine.accumulate)")
+                raise
+            try:
+                distribution.handshake("Engine.accumulate", {}, {}, error)
+            except Exception:
+                pass  # for the other ranks; here the first error counts
+            raise
+        finally:
+            self._forwards = None
 
     def add(
         self,
@@ -106,6 +147,8 @@ class Joining:
     ) -> None:
         """Every rank adds a batch at the same time, and all fail if one does."""
         assert self._current is not None
+        if self._forwards is not None:
+            self._forwards.reset()
         contributor = self.agreement.contributor
         local_pass, call = contributor.local_pass, "a batch of Engine.accumulate"
         layout: OutputLayout | None = None

@@ -27,7 +27,7 @@ from .parameters import Entry, ParameterTable
 def row_blocks(
     distribution: ShardedColumns,
     layout: GlobalLayout,
-    output: Tensor,
+    objectives: Sequence[Tensor],
     table: ParameterTable,
     factor: float,
     *,
@@ -40,18 +40,22 @@ def row_blocks(
     Args:
         distribution: The ranks; all of them have to call.
         layout: The layout of the objectives.
-        output: This rank's estimates of them.
+        objectives: This rank's estimates of them: vectors, each with its graph, in the order of the
+            rows.
         table: The parameters.
         factor: By what the wrapper's reduction of an estimate is off.
         retain_graph: Whether to keep the graph after the last row.
     """
-    objectives = layout.local.rows_of(output)
-    distribution.check_same_objectives([objectives])
+    distribution.check_same_objectives(objectives)
     parameters = [entry.parameter for entry in table.trainable]
-    identity = torch.eye(len(objectives), dtype=output.dtype, device=output.device)
+    starts = [
+        (vector, start)
+        for vector in objectives
+        for start in torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
+    ]
     passes = [
-        RowPass([objectives], [start], scale * factor, parameters)
-        for start, scale in zip(identity, layout.backward_scale, strict=True)
+        RowPass([vector], [start], scale * factor, parameters)
+        for (vector, start), scale in zip(starts, layout.backward_scale, strict=True)
     ]
     rows, finite = distribution.rows(passes, retain_graph=retain_graph)
     blocks: Blocks = [None] * len(table.entries)

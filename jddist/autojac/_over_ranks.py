@@ -13,6 +13,7 @@ from jddist._progress import enter
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
 from jddist.aggregation._columns import settings_of
 from jddist.aggregation._losses import stated_losses
+from jddist.aggregation._memory import needs_order
 from jddist.distribution.base import POSSIBLE_PLACEMENTS, Distribution, is_sharded
 from jddist.distribution.columns import check_acts_on_columns
 from jddist.distribution.cut import COLUMNS, ColumnCut, check_is_cut
@@ -76,8 +77,7 @@ def aggregate_over_ranks(
             jacs = [jac_of(t) for t in group]
             if distribution.shards_columns:
                 check_is_cut(group, jacs)
-                if not isinstance(aggregator, GramianWeightedAggregator):
-                    # It may ask where its columns are among all of them.
+                if needs_order(aggregator):
                     orders[i] = ColumnOrder(group, distribution.columns)
             check_same_rows([j for j in jacs if j is not None], "tensors.jac")
             placement = _placement_of(group, distribution)

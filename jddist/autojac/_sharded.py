@@ -45,7 +45,7 @@ class RowGroup:
         placement: Where the rows live.
         aggregator: What aggregates them.
         cut: If the rows are this rank's columns of all rows already: which ones.
-        order: If the aggregator needs them in order: how they get there.
+        order: If the aggregator needs them in the order of J: how they get there.
         shared_out: Whether any rank may run the weighting for all.
         gramian: That of all ranks' rows, once it is known, if one is formed.
     """
@@ -136,8 +136,14 @@ class _Shard(RankColumns):
     ) -> None:
         super().__init__(distribution.columns.group, group.total)
         self._distribution = distribution
+        self._cut = group.cut if group.order is None else None
         self._gramian = gramian
         self._weights = weights
+
+    def among(self, width: int, first: int, last: int) -> tuple[slice, slice | Tensor]:
+        if self._cut is None:
+            return super().among(width, first, last)
+        return self._cut.among(first, last)
 
     def sum(self, partial: Tensor) -> Tensor:
         if self._gramian is None:

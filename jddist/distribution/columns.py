@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from jddist.aggregation import Aggregator
-from jddist.aggregation._columns import Columns, acting_on
+from jddist.aggregation._columns import Columns, acting_on, overlap
 
 from .collectives import Group, column_bounds
 from .once import Job, run_on_rank_zero
@@ -35,9 +35,12 @@ class RankColumns(Columns):
         self._total = total
         self._start, self._stop = column_bounds(total, group.size)[group.rank]
 
-    def span(self, width: int) -> tuple[int, int]:
+    def total(self, width: int) -> int:
+        return self._total
+
+    def among(self, width: int, first: int, last: int) -> tuple[slice, slice | Tensor]:
         assert width == self._stop - self._start
-        return self._start, self._total
+        return overlap(self._start, self._stop, first, last)
 
     def sum(self, partial: Tensor) -> Tensor:
         total = self._group.all_reduce(partial.detach().to(torch.float64, copy=True))

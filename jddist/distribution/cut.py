@@ -51,6 +51,24 @@ class ColumnCut:
             pieces.append(piece.to(dtype))
         return _joined(pieces)
 
+    def among(self, first: int, last: int) -> tuple[slice, Tensor]:
+        """Which of the columns at hand are among the columns ``first`` to ``last`` of all, in the
+        tensors' order, and the places of those in that range."""
+        before = offset = 0
+        start: int | None = None
+        found = []
+        for tensor, holding in zip(self.tensors, self._holdings, strict=True):
+            low, high = max(first - offset, 0), min(last - offset, tensor.numel())
+            if low < high and holding.width:
+                here, places = holding.among(low, high)
+                start = before + here.start if start is None else start
+                found.append(places + (offset - first))
+            before += holding.width
+            offset += tensor.numel()
+        joined = torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+        start = start or 0
+        return slice(start, start + len(joined)), joined
+
     def gradients(self, vector: Tensor) -> list[Tensor]:
         """From every rank's part [n_r] of a vector to gradients like the tensors.
 

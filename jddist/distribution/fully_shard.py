@@ -18,6 +18,7 @@ from torch.nn.parameter import Parameter
 from jddist.autogram.capture import paused
 
 from .beside import reduced_together
+from .meeting import Forwards
 from .mesh import ranks_of_fully_shard
 from .row_passes import RowPass, reduced_rows
 from .sharded import ShardedColumns, outermost
@@ -118,6 +119,11 @@ class FullyShard(ShardedColumns):
         self.handshake("a pass over sharded parameters", {}, {})
         with self.group.naming(), self._unsharding.whole():
             yield
+
+    def forwards(self, call: str) -> Forwards:
+        """Forwards of the sharded modules, before which the ranks may meet."""
+        modules = [m for m in self._unsharding.modules if isinstance(m, nn.Module)]
+        return Forwards(modules, lambda: self.handshake(call, {}, {}))
 
     def reduce_accumulated(self, parameters: Sequence[Parameter]) -> None:
         """What waits since backwards without gradient sync is reduced as by the next backward."""

@@ -6,11 +6,12 @@ is dealt out among them in equal shares, so that every element is a column of ex
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .collectives import Group, column_bounds
+
+_Index = TypeVar("_Index", int, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +114,34 @@ class Holding:
         """The number of this rank's columns."""
         start, stop = self.mine
         return stop - start
+
+    def among(self, first: int, last: int) -> tuple[slice, Tensor]:
+        """Which of this rank's columns are among the elements ``first`` to ``last`` of the tensor,
+        and where those are; in no more memory than these take."""
+        start, stop = self.mine
+        low = bisect_left(range(start, stop), first, key=self._place)
+        high = bisect_left(range(start, stop), last, key=self._place)
+        return slice(low, high), self._place(torch.arange(start + low, start + high))
+
+    @cached_property
+    def _steps(self) -> list[tuple[int, int, int]]:
+        """For each dimension, the last one first: the interval of this rank's box that begins with
+        the first number and has the length of the second, and the tensor's stride."""
+        steps, stride = [], 1
+        for size, (low, high) in zip(
+            reversed(self._shape), reversed(self.box(self._grid.group.rank)), strict=True
+        ):
+            steps.append((low, high - low, stride))
+            stride *= size
+        return steps
+
+    def _place(self, index: _Index) -> _Index:
+        """Where elements of this rank's box, by their number in it, are among all."""
+        place = index * 0
+        for low, width, stride in self._steps:
+            place = place + (low + index % width) * stride
+            index = index // width
+        return place
 
     def places(self, rank: int) -> Tensor:
         """The places of a rank's columns among all elements of the tensor, ascending."""

@@ -23,6 +23,7 @@ from .collectives import Group
 
 _CACHE_SIZE = 64
 _OK, _FAILED = 0, 1
+_TOLD = "_jddist_told"  # of an exception that a handshake raised on every rank
 
 
 class Handshake:
@@ -78,7 +79,11 @@ class Handshake:
         payloads = self._group.gather_payloads(payload, [h[1] for h in headers])
         contents = [json.loads(p) for p in payloads]
         if not agreed:
-            _raise_same_error(contents, error)
+            failure = _same_error(contents, error)
+            setattr(failure, _TOLD, True)
+            if failure is error:
+                raise failure
+            raise failure from error
         infos = [c["info"] for c in contents]
         self._seen[key] = infos
         if len(self._seen) > _CACHE_SIZE:
@@ -86,20 +91,29 @@ class Handshake:
         return infos
 
 
-def _raise_same_error(contents: list[dict[str, Any]], own: Exception | None) -> None:
+def was_told(error: BaseException) -> bool:
+    """Whether a handshake has raised an exception, or what led to it, on every rank."""
+    found: BaseException | None = error
+    while found is not None and not hasattr(found, _TOLD):
+        found = found.__cause__ or found.__context__
+    return found is not None
+
+
+def _same_error(contents: list[dict[str, Any]], own: Exception | None) -> Exception:
+    """The error that every rank raises; the own one if all had one and it is the same."""
     errors = {rank: c["error"] for rank, c in enumerate(contents) if c["error"]}
     if own is not None and len(set(errors.values())) == 1 and len(errors) == len(contents):
-        raise own
+        return own
     if errors:
         listed = "; ".join(f"rank {rank} raised {message}" for rank, message in errors.items())
         call = contents[0]["call"]
-        raise RankError(
+        return RankError(
             f"{call} failed before the ranks exchanged anything: {listed}. No .grad was written."
-        ) from own
+        )
     calls = [c["call"] for c in contents]
     if len(set(calls)) > 1:
         listed = ", ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
-        raise LayoutMismatchError(
+        return LayoutMismatchError(
             f"Found the ranks in different calls ({listed}); expected the same one. Every rank has "
             "to make the same sequence of jddist calls."
         )
@@ -109,7 +123,7 @@ def _raise_same_error(contents: list[dict[str, Any]], own: Exception | None) -> 
         if any(v != values[0] for v in values):
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
             differing.append(f"{name} ({listed})")
-    raise LayoutMismatchError(
+    return LayoutMismatchError(
         f"Found ranks that disagree in {calls[0]} on {'; '.join(differing)}; expected the same "
         "value on every rank. Only the number of samples may differ."
     )

@@ -14,6 +14,9 @@ from torch import Tensor
 from .collectives import column_bounds
 from .grid import Grid, Holding
 
+# In how many messages rows move.
+MESSAGES = 4
+
 
 class ColumnOrder:
     """The way of every column from its tensor's shard to its place in order.
@@ -54,12 +57,19 @@ class ColumnOrder:
         return self._move(sent, places, columns.new_empty(1, len(mine))).squeeze(0)
 
     def _move(self, sent: Sequence[Tensor], places: Sequence[Tensor], moved: Tensor) -> Tensor:
-        """Sends each rank its columns; those that come go to their ``places`` in ``moved``."""
-        m = len(moved)
-        counts = [m * len(where) for where in places]
-        wait = self._group.exchange([part.reshape(-1) for part in sent], counts)
-        for part, where in zip(wait().split(counts), places, strict=True):
-            moved[:, where.to(moved.device)] = part.view(m, len(where))
+        """Sends each rank its columns; those that come go to their ``places`` in ``moved``.
+
+        In some messages, so that what is under way is a part of the rows alone.
+        """
+        at_once = max(1, -(-len(moved) // MESSAGES))
+        places = [where.to(moved.device) for where in places]
+        for start in range(0, len(moved), at_once):
+            rows = moved[start : start + at_once]
+            counts = [len(rows) * len(where) for where in places]
+            parts = [part[start : start + at_once].reshape(-1) for part in sent]
+            wait = self._group.exchange(parts, counts)
+            for part, where in zip(wait().split(counts), places, strict=True):
+                rows[:, where] = part.view(len(rows), len(where))
         return moved
 
     def _places(self, rank: int) -> Tensor:

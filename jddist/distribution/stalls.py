@@ -67,6 +67,12 @@ def stop() -> None:
         watch.stop()
 
 
+def note(message: str) -> None:
+    """What this rank ran into, for those who may soon wait for it in vain; "" for nothing."""
+    if _watch is not None:
+        _watch.note(message)
+
+
 @contextmanager
 def naming(ranks: Sequence[int]) -> Iterator[None]:
     """Within this context, a collective that fails says on whose account.
@@ -150,6 +156,8 @@ def _culprits(reports: dict[int, Report], before: dict[int, Report]) -> list[str
             found.append(f"rank {report.rank} at the end of its program, after {report.place}")
         elif report.status == WAITS:
             continue  # for the same rank as this one
+        elif report.message:
+            found.append(f"rank {report.rank} after {report.message} in {report.place}, {age}")
         elif now == "dead":
             pid = report.identity.pid
             found.append(f"rank {report.rank} dead (process {pid} has ended) {where}")

@@ -33,6 +33,11 @@ class Unsharding:
         _param_groups(self._modules)
 
     @property
+    def modules(self) -> list[FSDPModule]:
+        """The sharded modules that are still alive."""
+        return self._modules
+
+    @property
     def _modules(self) -> list[FSDPModule]:
         alive = [ref() for ref in self._refs]
         return [module for module in alive if module is not None]

@@ -45,7 +45,7 @@ class Report:
         stage: Its stage, one of ``jddist._progress.STAGES``.
         since: When it entered the stage, in seconds of ``time.time``.
         status: "alive", or how it ended: "waits" (in vain, for another rank), "raised", "left".
-        message: The exception that it raised.
+        message: The exception that it raised, or ran into and goes on.
         identity: Its process.
     """
 
@@ -121,6 +121,12 @@ class Watch:
         """Writes how this rank ended. The first word counts."""
         if self._status == ALIVE:
             self._status, self._message = status, message[:500]
+            self.publish(force=True)
+
+    def note(self, message: str) -> None:
+        """Writes what this rank ran into while it goes on; "" for nothing."""
+        if self._status == ALIVE and message[:500] != self._message:
+            self._message = message[:500]
             self.publish(force=True)
 
     def read(self, ranks: Iterable[int], timeout: float = 2.0) -> dict[int, Report]:

@@ -24,7 +24,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from jddist import attach, grouping
-from jddist.aggregation import GradDrop, UPGrad, UPGradWeighting
+from jddist.aggregation import (
+    Aggregator,
+    GradDrop,
+    Mean,
+    MoCo,
+    TrimmedMean,
+    UPGrad,
+    UPGradWeighting,
+)
 from jddist.autogram import Engine
 from jddist.autojac import backward, jac_to_grad, jac_to_grad_groups
 from tests._ranks import run_ranks
@@ -62,8 +70,12 @@ def _together(model: nn.Module) -> object:
     return jac_to_grad(list(model.parameters()), UPGrad())
 
 
-def _columnwise(model: nn.Module) -> object:
-    return jac_to_grad(list(model.parameters()), GradDrop())
+def _by(make: Callable[[], Aggregator]) -> Callable[[nn.Module], object]:
+    def aggregate(model: nn.Module) -> object:
+        return jac_to_grad(list(model.parameters()), aggregator)
+
+    aggregator = make()
+    return aggregate
 
 
 def _per_layer(model: nn.Module) -> object:
@@ -78,7 +90,10 @@ VARIANTS: dict[str, Callable[[nn.Module], Callable[[Tensor], object]]] = {
     "jac_to_grad, memory": _rows("memory", _together),
     "jac_to_grad, speed": _rows("speed", _together),
     "groups, memory": _rows("memory", _per_layer),
-    "GradDrop, memory": _rows("memory", _columnwise),
+    "GradDrop, memory": _rows("memory", _by(GradDrop)),
+    "TrimmedMean, memory": _rows("memory", _by(lambda: TrimmedMean(1))),
+    "Mean, memory": _rows("memory", _by(Mean)),
+    "MoCo, memory": _rows("memory", _by(MoCo)),
 }
 
 

@@ -23,7 +23,8 @@ from jddist.autojac import backward, jac, jac_to_grad, jac_to_grad_groups, mtl_b
 from jddist.grouping import per_layer
 from tests._oracle import gramian as oracle_gramian
 from tests._oracle import relative_error
-from tests.distributed._methods import METHODS
+from tests.distributed import _every_method as every_method
+from tests.distributed._methods import METHODS, state_losses
 from tests.distributed._sharded import (
     assign,
     make_tied,
@@ -49,6 +50,7 @@ from tests.distributed.test_task_invariance import _model as make_multi_task
 
 BOUND = 1e-10
 MAX_NORM = 0.5
+STATED = torch.arange(1.0, TASKS + 1.0, dtype=torch.float64)  # losses, for who wants to know
 
 Found = dict[str, list[Tensor]]
 
@@ -227,12 +229,6 @@ def _tasks_reference() -> Found:
     return expected
 
 
-# These need the losses, and are tested with the others on shards.
-AGGREGATORS = {
-    name: method.make for name, method in METHODS.items() if name not in ("DBMTL", "GradNorm")
-}
-
-
 def _rows(setup: Setup) -> Found:
     """Rows with either placement, every aggregator on them, and groups."""
     model = setup.place(make_tied(), reshard=True)
@@ -244,9 +240,11 @@ def _rows(setup: Setup) -> Found:
     found["jac, tasks"] = [whole(j) for j in jac(losses, trained, retain_graph=True)]
     backward(losses, retain_graph=True)
     found[".jac, tasks"] = [whole(p.jac) for p in trained]
-    for name, make in AGGREGATORS.items():
+    for name, method in METHODS.items():
         torch.manual_seed(5)
-        jac_to_grad(trained, make(), retain_jac=True)
+        aggregator = method.make()
+        state_losses(aggregator, STATED)
+        jac_to_grad(trained, aggregator, retain_jac=True)
         found[name] = [whole_gradients(model)]
         model.zero_grad()
     groups = per_layer(model)
@@ -270,9 +268,11 @@ def _rows_reference() -> Found:
     parts = rows.split([p.numel() for p in trained], dim=1)
     shaped = [part.view(TASKS, *p.shape) for p, part in zip(trained, parts, strict=True)]
     expected: Found = {"jac, tasks": shaped, ".jac, tasks": shaped}
-    for name, make in AGGREGATORS.items():
+    for name, method in METHODS.items():
         torch.manual_seed(5)
-        expected[name] = [make()(rows)]
+        aggregator = method.make()
+        state_losses(aggregator, STATED)
+        expected[name] = [aggregator(rows)]
     groups = per_layer(model)
     columns = dict(zip(trained, parts, strict=True))
     matrices = [torch.cat([columns[p] for p in group], dim=1) for group in groups]
@@ -293,6 +293,20 @@ CASES: dict[str, tuple[Callable[[Setup], Found], Callable[[], Found]]] = {
     "sharded heads": (partial(_train_tasks, how="sharded heads"), _tasks_reference),
     "plain heads": (partial(_train_tasks, how="plain heads"), _tasks_reference),
     "rows": (_rows, _rows_reference),
+    **{
+        f"every method, {kind}": (
+            partial(every_method.train_together, kind=kind),
+            partial(every_method.reference_together, kind),
+        )
+        for kind in every_method.KINDS
+    },
+    **{
+        f"two batches, {name}": (
+            partial(every_method.train_on_two_batches, name=name),
+            partial(every_method.reference_of_two_batches, name),
+        )
+        for name in every_method.TWO_BATCHES
+    },
 }
 
 
@@ -304,11 +318,16 @@ def run_cases(setup: Setup, left_out: Collection[str] = ()) -> dict[str, Found]:
 def check_cases(ranks: list[dict[str, Found]]) -> None:
     """Compares every rank's results with one process, and with each other."""
     for case in ranks[0]:
-        expected = CASES[case][1]()
-        for found in (rank[case] for rank in ranks):
-            for name, values in expected.items():
-                for i, (got, want) in enumerate(zip(found[name], values, strict=True)):
-                    assert relative_error(got, want) <= BOUND, (case, name, i)
-                    # Bit-identical, not merely close.
-                    assert torch.equal(got, ranks[0][case][name][i]), (case, name, i)
-    assert float(ranks[0]["rows"]["verify"][0].max()) <= BOUND
+        check_same(case, [rank[case] for rank in ranks], CASES[case][1]())
+    if "rows" in ranks[0]:
+        assert float(ranks[0]["rows"]["verify"][0].max()) <= BOUND
+
+
+def check_same(case: str, ranks: list[Found], expected: Found) -> None:
+    """Compares what every rank found in a case with one process, and with each other."""
+    for found in ranks:
+        for name, values in expected.items():
+            for i, (got, want) in enumerate(zip(found[name], values, strict=True)):
+                assert relative_error(got, want) <= BOUND, (case, name, i)
+                # Bit-identical, not merely close.
+                assert torch.equal(got, ranks[0][name][i]), (case, name, i)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from jddist.aggregation import (
     DBMTL,
@@ -40,6 +41,7 @@ from jddist.aggregation import (
     UPGradWeighting,
     WeightedAggregator,
 )
+from jddist.aggregation._losses import NeedsLosses
 
 M = 4  # objectives
 
@@ -50,6 +52,7 @@ class Method:
 
     Attributes:
         make: Makes a new instance for M objectives.
+        sized: Makes one for any number of them, where that matters.
         sums: What the shards add up: the Gramian, a number for each objective, or nothing.
         shares: How often rank 0 shares M numbers.
         follows: Whether a state or a random stream follows these.
@@ -59,6 +62,23 @@ class Method:
     sums: Literal["gramian", "vector", "nothing"] = "gramian"
     shares: int = 1
     follows: bool = False
+    sized: Callable[[int], Aggregator] | None = None
+
+    def of(self, m: int) -> Aggregator:
+        """A new instance for m objectives."""
+        return self.make() if self.sized is None else self.sized(m)
+
+
+def state_losses(aggregator: nn.Module, losses: Tensor) -> None:
+    """Tells an aggregator the losses of the next call, if it wants to know."""
+    for module in aggregator.modules():
+        if isinstance(module, NeedsLosses):
+            module.set_losses(losses)
+            return  # an aggregator hands them on to its weighting
+
+
+def _leaks(m: int) -> Tensor:
+    return torch.linspace(0.0, 1.0, m)
 
 
 METHODS: dict[str, Method] = {
@@ -68,7 +88,7 @@ METHODS: dict[str, Method] = {
     "FairGrad": Method(lambda: FairGrad(1.0)),
     "IMTLG": Method(IMTLG),
     "Krum": Method(lambda: Krum(0, 2)),
-    "NashMTL": Method(lambda: NashMTL(M), follows=True),
+    "NashMTL": Method(lambda: NashMTL(M), follows=True, sized=NashMTL),
     "PCD": Method(PCD, follows=True),
     "CRMOGM(ExcessMTL)": Method(
         lambda: WeightedAggregator(CRMOGMWeighting(ExcessMTLWeighting())), "vector", follows=True
@@ -79,13 +99,20 @@ METHODS: dict[str, Method] = {
     "CRMOGM(UPGrad)": Method(
         lambda: GramianWeightedAggregator(CRMOGMWeighting(UPGradWeighting())), follows=True
     ),
-    "Constant": Method(lambda: Constant(torch.arange(float(M))), "nothing", 0),
+    "Constant": Method(
+        lambda: Constant(torch.arange(float(M))),
+        "nothing",
+        0,
+        sized=lambda m: Constant(torch.arange(float(m))),
+    ),
     "DBMTL": Method(DBMTL, "vector", 2),
     "DualProj": Method(DualProj),
     "ExcessMTL": Method(ExcessMTL, "vector", follows=True),
     "ExcessMTL, warm": Method(lambda: ExcessMTL(0.1, 1), "vector", follows=True),
     "GradDrop": Method(GradDrop, "nothing", 0),
-    "GradDrop, leaking": Method(lambda: GradDrop(leak=torch.linspace(0.0, 1.0, M)), "nothing", 0),
+    "GradDrop, leaking": Method(
+        lambda: GradDrop(leak=_leaks(M)), "nothing", 0, sized=lambda m: GradDrop(leak=_leaks(m))
+    ),
     "GradNorm": Method(GradNorm, follows=True),
     "GradVac": Method(GradVac, follows=True),
     "MGDA": Method(MGDA),

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.distributed._conformance import Setup
+from tests.distributed._every_method import Many, Small
 from tests.distributed._sharded import Tied
 from tests.distributed._training import Network
 from tests.distributed.test_task_invariance import MultiTask
@@ -50,6 +51,11 @@ def plan_of(model: nn.Module, size: int) -> dict[str, ParallelStyle]:
     """How each module of one of the tests' models is parallelized over ``size`` ranks."""
     if isinstance(model, Network):
         return {"first": columns(), "norm": Replicated(), "twice": rows(), "last": columns()}
+    if isinstance(model, Small):
+        return {"first": columns(), "last": rows()}
+    if isinstance(model, Many):
+        of_each = [plan_of(small, size) for small in model.children()]
+        return {f"of{i}.{name}": s for i, plan in enumerate(of_each) for name, s in plan.items()}
     if isinstance(model, Tied):
         # Of less than a line for each rank, torch's own backward leaves gradients where no
         # optimizer takes them.

@@ -13,6 +13,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.distributed._spy import caller
+
 # Renamed in torch 2.13.
 _ALL_GATHER = "all_gather_single"
 _REDUCE_SCATTER = "reduce_scatter_single"
@@ -21,22 +23,32 @@ if not hasattr(dist, _ALL_GATHER):
 
 
 @contextmanager
-def spying_on_wrapper(world_size: int) -> Iterator[list[tuple[str, float]]]:
+def spying_on_wrapper() -> Iterator[list[tuple[str, float]]]:
     """Yields the list of (operation, bytes sent by this rank), which grows."""
     log: list[tuple[str, float]] = []
     all_gather, reduce_scatter = getattr(dist, _ALL_GATHER), getattr(dist, _REDUCE_SCATTER)
+    all_reduce = dist.all_reduce
 
     def gather(output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        log.append(("all_gather", float((world_size - 1) * input_tensor.nbytes)))
+        size = dist.get_world_size(kwargs["group"])
+        log.append(("all_gather", float((size - 1) * input_tensor.nbytes)))
         return all_gather(output_tensor, input_tensor, *args, **kwargs)
 
     def scatter(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        log.append(("reduce_scatter", (world_size - 1) / world_size * input.nbytes))
+        size = dist.get_world_size(kwargs["group"])
+        log.append(("reduce_scatter", (size - 1) / size * input.nbytes))
         return reduce_scatter(output, input, *args, **kwargs)
+
+    def reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if caller().startswith("torch."):
+            size = dist.get_world_size(kwargs["group"])
+            log.append(("all_reduce", 2 * (size - 1) / size * tensor.nbytes))
+        return all_reduce(tensor, *args, **kwargs)
 
     with (
         patch.object(dist, _ALL_GATHER, gather),
         patch.object(dist, _REDUCE_SCATTER, scatter),
+        patch.object(dist, "all_reduce", reduce),
     ):
         yield log
 

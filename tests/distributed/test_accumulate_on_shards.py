@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any
 
@@ -125,7 +126,7 @@ def _failures(rank: int, world_size: int) -> dict[str, str]:
         "hooked": _message(hooked),
     }
     assert all(p.grad is None for p in model.parameters())
-    with tasks.accumulate(), spying_on_wrapper(world_size) as log:
+    with tasks.accumulate(), spying_on_wrapper() as log:
         tasks.backward(LOSSES["task"](model(x), y), weighting, count=len(x))
     assert sum(name == "reduce_scatter" for name, _ in log) == 4 * 4  # tasks x modules
     assert all(p.grad is not None for p in model.parameters()) and whole_modules(model) == 0
@@ -158,3 +159,101 @@ def test_equals_one_process(world_size: int, kind: str) -> None:
     for found in ranks:
         for name, message in found.get("failures", {}).items():
             assert message.startswith(EXPECTED[name]), (name, message)
+
+
+def _own_failures(rank: int, world_size: int) -> dict[str, Any]:
+    """What a user's own code raises within the context, on the last rank alone, or on all."""
+    culprit = rank == world_size - 1
+    model = _model(True)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+    engines = {"instance": Engine(model, batch_dim=0), "task": Engine(model, batch_dim=None)}
+    weighting = UPGradWeighting()
+
+    def step(name: str, fails: str, who: bool) -> None:
+        def fail(where: str, batch: int) -> None:
+            if who and fails == f"{where} {batch}":
+                raise ValueError(f"of the user's own, {where} {batch}")
+
+        engine = engines[name]
+        with engine.accumulate():
+            for batch in range(2):
+                fail("before", batch)
+                losses = LOSSES[name](model(x), y)
+                fail("after", batch)
+                count = len(x) if name == "task" else None
+                engine.backward(losses, weighting, count=count)
+            fail("last", 2)
+
+    found: dict[str, Any] = {"messages": {}, "seconds": 0.0}
+    for name in engines:
+        for fails in ("before 0", "after 0", "before 1", "last 2"):
+            for how in ("one", "all") if fails == "after 0" else ("one",):
+                who = culprit or how == "all"
+                start = time.monotonic()
+                try:
+                    step(name, fails, who)
+                    message = ""
+                except Exception as error:
+                    message = f"{type(error).__name__}: {error}"
+                seconds = time.monotonic() - start
+                found["seconds"] = max(found["seconds"], seconds)
+                found["messages"][f"{name}, {fails}, {how}"] = message
+                assert all(p.grad is None for p in model.parameters())
+                # Nothing is left behind.
+                step(name, "", False)
+                assert all(p.grad is not None for p in model.parameters())
+                model.zero_grad()
+                assert whole_modules(model) == 0
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_failure_of_the_users_own_is_heard_of_at_once(world_size: int) -> None:
+    ranks = run_ranks(_own_failures, world_size)
+    culprit = world_size - 1
+    for rank, found in enumerate(ranks):
+        assert found["seconds"] < 30.0  # the group's timeout is 60
+        assert len(found["messages"]) == 10
+        for case, message in found["messages"].items():
+            where = case.split(", ")[1]
+            own = f"ValueError: of the user's own, {where}"
+            if rank == culprit or case.endswith("all"):
+                assert message == own, case
+            else:
+                assert message.startswith("RankError: "), (case, message)
+                assert f"rank {culprit} raised {own}" in message, (case, message)
+
+
+def _fails_in_a_forward(rank: int, world_size: int, seconds: float) -> str:
+    """The last rank raises in the middle of a forward, where others wait in the wrapper's own
+    messages, and lives on."""
+    culprit = rank == world_size - 1
+    model = _model(True)
+    engine, weighting = Engine(model, batch_dim=0), UPGradWeighting()
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+
+    def hook(*_: object) -> None:
+        raise ValueError("a layer of the user's own")
+
+    handle = model.norm.register_forward_hook(hook) if culprit else None
+    try:
+        with engine.accumulate():
+            engine.backward(LOSSES["instance"](model(x), y), weighting)
+    except Exception as error:
+        if handle is not None:
+            time.sleep(2.0 * seconds)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_failure_within_a_forward_is_named_by_those_who_wait(world_size: int) -> None:
+    seconds = 6.0  # the group's timeout
+    ranks = run_ranks(_fails_in_a_forward, world_size, seconds, timeout=seconds, margin=30.0)
+    culprit = world_size - 1
+    assert ranks[culprit] == "ValueError: a layer of the user's own"
+    for message in ranks[:culprit]:
+        assert message.startswith(
+            f"StalledRankError: Found rank {culprit} after ValueError: a layer of the user's own "
+            "(raised in a forward within Engine.accumulate) in step 0, forward"
+        ), message

@@ -17,9 +17,9 @@ from jddist.aggregation import Aggregator
 from jddist.autojac import allocate_state, jac_to_grad
 from jddist.distribution.collectives import column_bounds
 from tests._ranks import run_ranks
-from tests.distributed._methods import METHODS, M
+from tests.distributed._methods import METHODS, M, state_losses
 from tests.distributed._training import local_part, wrap
-from tests.distributed.test_shards import UNEVEN, Rows, jacobian_of, set_jacs, state_losses
+from tests.distributed.test_shards import UNEVEN, Rows, jacobian_of, losses_of, set_jacs
 
 STATEFUL = [name for name, m in METHODS.items() if m.make().state_dict()]
 BEFORE, AFTER = range(2), range(2, 4)
@@ -43,7 +43,7 @@ class _Run:
         found = []
         for call in calls:
             torch.manual_seed(call)
-            state_losses(aggregator, call)
+            state_losses(aggregator, losses_of(call))
             rows = local_part(jacobian_of(UNEVEN, call), self.rank, self.world_size, "even")
             set_jacs(self.parameters, rows)
             self.model.zero_grad()

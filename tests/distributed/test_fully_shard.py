@@ -18,6 +18,7 @@ from jddist.autogram import Engine
 from tests._oracle import relative_error
 from tests._ranks import run_ranks, split_sizes
 from tests.distributed._conformance import BOUND, Found, Setup, check_cases, run_cases
+from tests.distributed._every_method import Many
 from tests.distributed._sharded import make_mesh, make_tied, rows_of, shard, whole_gradients
 from tests.distributed._training import (
     LOSSES,
@@ -47,6 +48,8 @@ class FullyShardSetup(Setup):
 
     def place(self, model: nn.Module, *, reshard: bool | None = None) -> nn.Module:
         apart = [m for name, m in model.named_children() if name not in ("last", "again")]
+        if isinstance(model, Many):  # in one go
+            apart = []
         return shard(model, apart, mesh=self.mesh, reshard=reshard)
 
     def place_tasks(self, model: MultiTask, *, heads: bool) -> nn.Module:

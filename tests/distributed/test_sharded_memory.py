@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -15,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jddist import attach, grouping
-from jddist.aggregation import UPGrad
+from jddist.aggregation import (
+    Aggregator,
+    GradDrop,
+    Mean,
+    TrimmedMean,
+    UPGrad,
+    _graddrop,
+    _trimmed_mean,
+)
 from jddist.autojac import backward, jac_to_grad, jac_to_grad_groups
 from jddist.distribution.cut import _joined, adjacent_rows
 from tests._ranks import run_ranks
@@ -23,6 +33,13 @@ from tests.distributed._sharded import make_mesh
 
 LAYERS, WIDTH, TASKS = 8, 256, 4
 SIZE = LAYERS * WIDTH**2 * 4  # bytes of all parameters
+
+# They act on columns wherever these are; but those that remember some bring them in order.
+BY_COLUMNS: dict[str, Callable[[], Aggregator]] = {
+    "GradDrop": GradDrop,
+    "TrimmedMean": lambda: TrimmedMean(1),
+    "Mean": Mean,
+}
 
 
 class _Largest(TorchDispatchMode):
@@ -55,13 +72,18 @@ def _allocations(rank: int, world_size: int) -> dict[str, list[int]]:
     parameters = list(model.parameters())
     groups = grouping.per_layer(model)
     found: dict[str, list[int]] = {}
-    for name in ("together", "per layer"):
+    for name in (*BY_COLUMNS, "together", "per layer"):
         outputs = model(torch.ones(2, WIDTH))
         losses = [1e3 * part.square().mean() for part in outputs.chunk(TASKS, dim=1)]
         backward(losses)
         stored = {s._cdata: s.nbytes() for s in (_local(p).untyped_storage() for p in parameters)}
-        with _Largest() as largest:
-            if name == "together":
+        with _Largest() as largest, pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(_graddrop, "CHUNK", 1 << 14)
+            monkeypatch.setattr(_graddrop, "AT_ONCE", 1 << 12)
+            monkeypatch.setattr(_trimmed_mean, "AT_ONCE", 1 << 12)
+            if name in BY_COLUMNS:
+                jac_to_grad(parameters, BY_COLUMNS[name]())
+            elif name == "together":
                 jac_to_grad(parameters, UPGrad())
             else:
                 jac_to_grad_groups(groups, [UPGrad() for _ in groups])

@@ -20,12 +20,11 @@ from jddist.aggregation import (
     WeightedAggregator,
     _graddrop,
 )
-from jddist.aggregation._losses import NeedsLosses
 from jddist.autogram import Engine
 from jddist.autojac import jac_to_grad_groups
 from jddist.distribution.columns import RankColumns
 from tests._ranks import run_ranks
-from tests.distributed._methods import METHODS, M
+from tests.distributed._methods import METHODS, M, state_losses
 from tests.distributed._spy import spying
 from tests.distributed._training import local_part, wrap
 from tests.unit.aggregation._matrices import make_matrix
@@ -54,11 +53,8 @@ def jacobian_of(n: int, call: int) -> Tensor:
     return make_matrix("conflicting", M, seed=call, n=n)
 
 
-def state_losses(aggregator: nn.Module, call: int) -> None:
-    for module in aggregator.modules():
-        if isinstance(module, NeedsLosses):
-            module.set_losses(torch.arange(1.0, M + 1.0, dtype=torch.float64) / (call + 1))
-            return  # an aggregator hands them on to its weighting
+def losses_of(call: int) -> Tensor:
+    return torch.arange(1.0, M + 1.0, dtype=torch.float64) / (call + 1)
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:
@@ -71,7 +67,7 @@ def whole(aggregator: Aggregator, n: int) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(1)
     results = []
     for call in range(CALLS):
-        state_losses(aggregator, call)
+        state_losses(aggregator, losses_of(call))
         results.append(aggregator(jacobian_of(n, call)))
     return results, torch.get_rng_state()
 
@@ -128,7 +124,7 @@ def _dtensors(rank: int, world_size: int) -> dict[str, Any]:
                     torch.manual_seed(1)
                     error, logs = 0.0, []
                     for call in range(CALLS):
-                        state_losses(aggregator, call)
+                        state_losses(aggregator, losses_of(call))
                         jacobian = _as_dtensor(jacobian_of(n, call), placement, rank, world_size)
                         with spying(rank, world_size) as log:
                             result = aggregator(jacobian)
@@ -177,7 +173,7 @@ def _autojac(rank: int, world_size: int) -> dict[str, Any]:
         noted = Noted(monkeypatch)
         for call in range(CALLS):
             for group, aggregator in zip(groups, aggregators, strict=True):
-                state_losses(aggregator, call)
+                state_losses(aggregator, losses_of(call))
                 set_jacs(group, local_part(jacobian_of(UNEVEN, call), rank, world_size, kind))
             model.zero_grad()
             weights += [w for w in jac_to_grad_groups(groups, aggregators) if w is not None]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import pytest
 
 from tests._ranks import run_ranks
-from tests.distributed._conformance import Found, check_cases, run_cases
+from tests.distributed._conformance import CASES, Found, check_cases, run_cases
 from tests.distributed._tensor_parallel import TensorParallelSetup, TwoDimensionalSetup
 
 # What concerns resharding alone, and what other numbers of ranks show well enough.
 RESHARDING = {"instance, keep", "task, keep"}
 LEFT_OUT = {*RESHARDING, "task x instance", "sharded heads"}
+LEFT_OUT |= {case for case in CASES if case.startswith("every method")}
 
 
 def _alone(rank: int, world_size: int) -> dict[str, Found]:
@@ -23,7 +24,7 @@ def _alone(rank: int, world_size: int) -> dict[str, Found]:
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_tensor_parallel_layers_take_the_step_of_one_process(world_size: int) -> None:
-    check_cases(run_ranks(_alone, world_size, timeout=100.0))
+    check_cases(run_ranks(_alone, world_size, timeout=200.0))
 
 
 def _in_fully_shard(rank: int, world_size: int, kind: str) -> dict[str, Found]:
@@ -33,4 +34,4 @@ def _in_fully_shard(rank: int, world_size: int, kind: str) -> dict[str, Found]:
 
 @pytest.mark.parametrize("kind", ["uneven", "empty"])
 def test_two_dimensions_take_the_step_of_one_process(kind: str) -> None:
-    check_cases(run_ranks(_in_fully_shard, 4, kind, timeout=100.0))
+    check_cases(run_ranks(_in_fully_shard, 4, kind, timeout=200.0))

@@ -37,7 +37,7 @@ from jddist.aggregation import (
     TrimmedMean,
     UPGrad,
 )
-from jddist.aggregation._columns import Columns, WholeColumns, acting_on, current_columns
+from jddist.aggregation._columns import Columns, WholeColumns, acting_on, current_columns, overlap
 from tests.unit.aggregation._matrices import make_matrix
 
 TIMEOUT_S = 10.0
@@ -65,9 +65,13 @@ class Shard(Columns):
     def __init__(self, rank: int, meeting: Meeting, sizes: list[int]) -> None:
         self.rank, self.meeting, self.sizes = rank, meeting, sizes
 
-    def span(self, width: int) -> tuple[int, int]:
+    def total(self, width: int) -> int:
         assert width == self.sizes[self.rank]
-        return sum(self.sizes[: self.rank]), sum(self.sizes)
+        return sum(self.sizes)
+
+    def among(self, width: int, first: int, last: int) -> tuple[slice, slice | Tensor]:
+        start = sum(self.sizes[: self.rank])
+        return overlap(start, start + width, first, last)
 
     def sum(self, partial: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, partial)).sum(dim=0)

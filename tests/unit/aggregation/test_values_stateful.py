@@ -107,28 +107,39 @@ def test_graddrop_draws_the_same_in_any_chunks(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 @pytest.mark.parametrize("sizes", [[6, 5], [1, 0, 10], [3, 4, 4, 0]], ids=str)
+@pytest.mark.parametrize("scattered", [False, True])
 def test_graddrop_does_not_depend_on_the_shards(
-    device: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    device: str, sizes: list[int], scattered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_graddrop, "CHUNK", 4)
+    monkeypatch.setattr(_graddrop, "AT_ONCE", 3)
     matrix = make_matrix("random", 3, seed=0).to(device)
 
-    class Part(WholeColumns):
-        def __init__(self, start: int) -> None:
-            self.start = start
+    n = matrix.shape[1]
+    order = torch.arange(n)
+    if scattered:  # each shard ascending, but not without gaps
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
+    shards = [shard.sort().values for shard in order.split(sizes)]
 
-        def span(self, width: int) -> tuple[int, int]:
-            return self.start, matrix.shape[1]
+    class Part(WholeColumns):
+        def __init__(self, places: Tensor) -> None:
+            self.places = places
+
+        def total(self, width: int) -> int:
+            return n
+
+        def among(self, width: int, first: int, last: int) -> tuple[slice, slice | Tensor]:
+            low, high = torch.searchsorted(self.places, torch.tensor([first, last])).tolist()
+            return slice(low, high), self.places[low:high] - first
 
     torch.manual_seed(0)
     whole, following = GradDrop()(matrix), torch.rand(3, device=device)
-    parts = []
-    for rank, columns in enumerate(matrix.split(sizes, dim=1)):
+    for places in shards:
         torch.manual_seed(0)
-        with acting_on(Part(sum(sizes[:rank]))):
-            parts.append(GradDrop()(columns))
+        with acting_on(Part(places)):
+            part = GradDrop()(matrix[:, places.to(device)])
+        assert torch.equal(part, whole[places.to(device)])
         assert torch.equal(torch.rand(3, device=device), following)
-    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
