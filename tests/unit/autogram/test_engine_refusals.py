@@ -26,6 +26,10 @@ _REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch_norm": (lambda: nn.BatchNorm1d(5), "GroupNorm"),
     "sync_batch_norm": (lambda: nn.SyncBatchNorm(5), "GroupNorm"),
     "batch_norm_without_parameters": (lambda: nn.BatchNorm1d(5, affine=False), "GroupNorm"),
+    "batch_norm_without_statistics": (
+        lambda: nn.BatchNorm1d(5, track_running_stats=False).eval(),
+        "track its statistics",
+    ),
     "rnn": (lambda: nn.RNN(5, 5), "batch_dim=None"),
     "lstm": (lambda: nn.LSTM(5, 5, batch_first=True), "batch_dim=None"),
     "gru": (lambda: nn.GRU(5, 5), "batch_dim=None"),
