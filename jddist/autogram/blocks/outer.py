@@ -362,9 +362,8 @@ class OuterBlock(TiledBlock):
             if a1 is not None and a2 is not None:
                 shape = (n * t1, end * t2)
                 inputs = self.scratch.tile("right", shape, self.dtype, self.device)
-                torch.mm(
-                    a1[low:high].reshape(n * t1, -1), a2[:end].reshape(end * t2, -1).T, out=inputs
-                )
+                lines = a1[low:high].reshape(n * t1, self.in_features)
+                torch.mm(lines, a2[:end].reshape(end * t2, self.in_features).T, out=inputs)
                 if self.ones:
                     inputs += 1
                 products.mul_(inputs.view(n, 1, t1, end, 1, t2))
