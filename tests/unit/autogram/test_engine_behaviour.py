@@ -354,6 +354,16 @@ def test_a_penalty_on_the_parameters_from_some_step_on_is_noticed() -> None:
             assert_exact(engine, losses, model.parameters())
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_penalty_too_small_for_the_check_of_values_is_noticed(batch_dim: int | None) -> None:
+    """2e-8 of the Gramian: the size that rounding has in the check, but not in the result."""
+    model = small_model()
+    engine = Engine(model, batch_dim=batch_dim)
+    penalty = 1e-8 * sum(p.square().sum() for p in model.parameters())
+    with slow_way(announced=batch_dim == 0):
+        assert_exact(engine, losses_of(model(data())) + penalty, model.parameters())
+
+
 def test_gradients_that_are_zero_at_first_are_checked_again() -> None:
     torch.manual_seed(0)
     model = _Changing().double()
