@@ -232,7 +232,8 @@ class LocalPass:
             if owner is None:
                 continue
             indices = {self.table.index_of[p] for p in owner.paths.values()}
-            if call.record.released or (owner.rule is None and not self.batched):
+            lost = owner.rule is None and (not self.batched or call.record.changed_buffers)
+            if call.record.released or lost:
                 elsewhere |= indices
                 continue
             if self.lockstep.active and not takes_parts(owner, self._leaves_of(owner)):

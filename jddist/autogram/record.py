@@ -51,6 +51,7 @@ class CallRecord:
     autocast: AutocastSnapshot
     rng: RngSnapshot | None
     watched: list[tuple[Tensor, int]] = field(default_factory=list)
+    changed_buffers: bool = False  # then the call cannot be repeated, and must not be
     released: bool = False
 
     def release(self) -> None:
