@@ -76,6 +76,13 @@ def test_what_is_no_module_is_refused() -> None:
         Engine(model, batch_dim=0, nonfinite="sometimes")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_complex_parameters_are_refused_by_name(batch_dim: int | None) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3, bias=False, dtype=torch.complex128))
+    with pytest.raises(UnsupportedModelError, match=r"complex parameters: 1\.weight;.*real"):
+        Engine(model, batch_dim=batch_dim)
+
+
 @pytest.mark.parametrize(("layer", "name"), [(nn.Linear(6, 6), "0"), (Offset(6), "0")])
 def test_an_input_changed_in_place_is_refused_by_name(layer: nn.Module, name: str) -> None:
     model = nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 3)).double()
