@@ -137,7 +137,9 @@ class _Tap:
         if not any(t.requires_grad for t in tensors):
             return
         record = _make_record(module, args, kwargs, tensors, rng)
-        record.changed_buffers = self.needs_rng and self._buffers != _versions_of_buffers(module)
+        if self.needs_rng:
+            record.changed_buffers = self._buffers != _versions_of_buffers(module)
+            record.parameters = [(p, p._version) for p in module.parameters()]
         for index, tensor in enumerate(tensors):
             if tensor.grad_fn is None:
                 continue

@@ -232,8 +232,8 @@ class LocalPass:
             if owner is None:
                 continue
             indices = {self.table.index_of[p] for p in owner.paths.values()}
-            lost = owner.rule is None and (not self.batched or call.record.changed_buffers)
-            if call.record.released or lost:
+            lost = call.record.released or not call.record.is_repeatable
+            if lost or (owner.rule is None and not self.batched):
                 elsewhere |= indices
                 continue
             if self.lockstep.active and not takes_parts(owner, self._leaves_of(owner)):
