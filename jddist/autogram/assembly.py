@@ -26,6 +26,10 @@ class Declined(Exception):
     """A rule does not serve a call, and without a batch dimension the fallback cannot either."""
 
 
+class _NotRepeatable(Exception):
+    """A module's forward cannot be run again, sample by sample."""
+
+
 @dataclass(eq=False)
 class Assembly:
     """Runs the rules of calls, and adds up what several calls give for one parameter.
@@ -72,14 +76,13 @@ class Assembly:
             self._run_rule(owner, call, grads)
         except Declined:
             self.failed |= indices
-        except RuntimeError as error:
-            if owner.rule is not None:
-                raise
+        except _NotRepeatable as failure:
+            (reason,) = failure.args
             warnings.warn(
                 f"Module '{owner.name}' ({type(owner.module).__name__}) cannot be re-run under "
-                f"vmap ({str(error).splitlines()[0]}); its parameters' rows are computed by one "
-                "backward pass per objective. Register a rule for it "
-                "(jddist.autogram.register_rule) or use batch_dim=None.",
+                f"vmap ({reason}); its parameters' rows are computed by one backward pass per "
+                "objective. Register a rule for it (jddist.autogram.register_rule) or use "
+                "batch_dim=None.",
                 stacklevel=2,
             )
             self.failed |= indices
@@ -120,7 +123,10 @@ class Assembly:
             if not self.batched:
                 raise Declined
             paths = [p for p, q in owner.paths.items() if self.table.index_of[q] in self.wanted]
-            blocks = vjp_rows(record, paths)
+            try:
+                blocks = vjp_rows(record, paths)
+            except Exception as error:  # whatever the module's own code raises
+                raise _NotRepeatable(str(error).partition("\n")[0]) from error
         for path, block in blocks.items():
             index = self.table.index_of[owner.paths[path]]
             if index in self.wanted and block.num_columns:  # a shard may be empty

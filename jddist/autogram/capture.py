@@ -63,6 +63,7 @@ class _Tap:
         self.users = 0
         self.needs_rng = needs_rng
         self._rng: list[RngSnapshot | None] = []
+        self._buffers: list[tuple[int, int]] = []
         self._passed: weakref.WeakSet[CallRecord] = weakref.WeakSet()
         # Compiled code is left for a hook: what it records must be tensors of the real graph.
         self._before_eagerly = torch.compiler.disable(self._before)
@@ -121,6 +122,7 @@ class _Tap:
         if self._is_idle(module):
             return
         self._rng = [_snapshot_rng(module)] if self.needs_rng and module.training else []
+        self._buffers = _versions_of_buffers(module) if self.needs_rng else []
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -135,6 +137,9 @@ class _Tap:
         if not any(t.requires_grad for t in tensors):
             return
         record = _make_record(module, args, kwargs, tensors, rng)
+        if self.needs_rng:
+            record.changed_buffers = self._buffers != _versions_of_buffers(module)
+            record.parameters = [(p, p._version) for p in module.parameters()]
         for index, tensor in enumerate(tensors):
             if tensor.grad_fn is None:
                 continue
@@ -233,6 +238,11 @@ def _make_record(
         rng=rng,
         watched=watched,
     )
+
+
+def _versions_of_buffers(module: nn.Module) -> list[tuple[int, int]]:
+    """Which buffers there are, and how often each has been written to."""
+    return [(id(b), 0 if b.is_inference() else b._version) for b in module.buffers()]
 
 
 def _snapshot_rng(module: nn.Module) -> RngSnapshot:

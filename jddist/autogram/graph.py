@@ -83,13 +83,28 @@ class ReachedGraph:
     """The recorded calls (in no particular order) and the leaf tensors below an output.
 
     ``structure`` counts the kinds of nodes: another value is another graph. ``consumers`` are the
-    nodes that each node's gradient comes from.
+    nodes that each node's gradient comes from, ``accumulators`` the nodes of the leaves.
     """
 
     calls: list[ReachedCall]
     leaves: set[Parameter]
     structure: frozenset[tuple[str, int]]
     consumers: Mapping[Node, Sequence[Consumer]]
+    accumulators: Mapping[Tensor, Node]
+
+    def is_read_beside(self, leaf: Tensor, calls: Iterable[ReachedCall]) -> bool:
+        """Whether a path leads from ``leaf`` to the output that passes no output of ``calls``."""
+        ends = {edge.node for call in calls for edge in call.edges.values()}
+        stack = [self.accumulators[leaf]] if leaf in self.accumulators else []
+        seen = set(stack)
+        while stack:
+            consumers = self.consumers.get(stack.pop())
+            if consumers is None:
+                return True
+            fresh = {node for node, _ in consumers} - ends - seen
+            seen |= fresh
+            stack += fresh
+        return False
 
     def above(self, nodes: Iterable[Node]) -> set[Node]:
         """The nodes from which a path leads down to one of ``nodes``, the start left out."""
@@ -121,11 +136,12 @@ def explore(output: Tensor) -> ReachedGraph:
     seen: set[Node] = set(stack)
     kinds: Counter[str] = Counter()
     consumers: dict[Node, list[Consumer]] = {}
+    accumulators: dict[Any, Node] = {}
     while stack:
         node = stack.pop()
         kinds[type(node).__name__] += 1
         if type(node).__name__ == "AccumulateGrad":
-            leaves.add(node.variable)  # type: ignore[attr-defined]
+            accumulators[node.variable] = node  # type: ignore[attr-defined]
             continue
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise UnsupportedModelError(
@@ -143,4 +159,6 @@ def explore(output: Tensor) -> ReachedGraph:
                 stack.append(child)
     for call in calls.values():
         call.look_behind_broadcasts(consumers)
-    return ReachedGraph(list(calls.values()), leaves, frozenset(kinds.items()), consumers)
+    leaves |= accumulators.keys()
+    structure = frozenset(kinds.items())
+    return ReachedGraph(list(calls.values()), leaves, structure, consumers, accumulators)

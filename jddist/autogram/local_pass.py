@@ -175,8 +175,10 @@ class LocalPass:
         self.samples = _samples_seen(calls)
         signature = (self._signature(calls, reached, layout), graph.structure)
         known = self._direct.get(signature)
-        start = (known or frozenset()) | (elsewhere & reached)
         due = self._checked = self._is_due(signature)
+        if due:
+            elsewhere |= self._read_beside(graph, calls)
+        start = (known or frozenset()) | (elsewhere & reached)
         self.freed = free and not due and known == frozenset() == start
         run = _Run(output, layout, graph, calls, reached)
         eps = self._eps = _coarsest_rounding(calls)
@@ -230,7 +232,8 @@ class LocalPass:
             if owner is None:
                 continue
             indices = {self.table.index_of[p] for p in owner.paths.values()}
-            if call.record.released or (owner.rule is None and not self.batched):
+            lost = call.record.released or not call.record.is_repeatable
+            if lost or (owner.rule is None and not self.batched):
                 elsewhere |= indices
                 continue
             if self.lockstep.active and not takes_parts(owner, self._leaves_of(owner)):
@@ -242,6 +245,21 @@ class LocalPass:
             call.record.check_unmodified(owner.name)
             usable.append((owner, call))
         return usable, frozenset(elsewhere)
+
+    def _read_beside(
+        self, graph: ReachedGraph, calls: Iterable[tuple[Owner, ReachedCall]]
+    ) -> frozenset[int]:
+        """The parameters that are also read without calling their modules, in however small a
+        term of the objectives: one that is lost in the rounding that the check of values allows."""
+        calls_of: dict[int, list[ReachedCall]] = {}
+        for owner, call in calls:
+            for parameter in owner.paths.values():
+                calls_of.setdefault(self.table.index_of[parameter], []).append(call)
+        return frozenset(
+            index
+            for index, own in calls_of.items()
+            if graph.is_read_beside(self._leaves[index], own)
+        )
 
     def _signature(
         self,

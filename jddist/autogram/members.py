@@ -27,6 +27,7 @@ class Members:
 
     Raises:
         ValueError: They have no trainable parameters.
+        UnsupportedModelError: There are complex ones.
     """
 
     def __init__(self, given: list[nn.Module], recursive: bool) -> None:
@@ -39,6 +40,14 @@ class Members:
             raise ValueError(
                 "Found no trainable parameters in the given modules; expected some. Pass the model "
                 "itself, or model.modules(): of an iterable only direct parameters count."
+            )
+        # Frozen ones may yet be trained.
+        complex_ones = [e.name for e in self.table.entries if e.parameter.is_complex()]
+        if complex_ones:
+            raise UnsupportedModelError(
+                f"Found complex parameters: {', '.join(complex_ones)}; expected real ones, whose "
+                "gradients' products make the Gramian. Keep real and imaginary parts in a real "
+                "parameter, and use torch.view_as_complex in the forward."
             )
 
     @property

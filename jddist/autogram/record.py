@@ -51,12 +51,20 @@ class CallRecord:
     autocast: AutocastSnapshot
     rng: RngSnapshot | None
     watched: list[tuple[Tensor, int]] = field(default_factory=list)
+    changed_buffers: bool = False
+    parameters: list[tuple[Tensor, int]] = field(default_factory=list)
     released: bool = False
 
     def release(self) -> None:
         """Lets go of the call's inputs."""
-        self.args, self.kwargs, self.watched, self.rng = (), {}, [], None
+        self.args, self.kwargs, self.watched, self.rng, self.parameters = (), {}, [], None, []
         self.released = True
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the module's forward would do the same once more, and nothing else: it left its
+        buffers as they were, and its parameters are what they were."""
+        return not self.changed_buffers and all(p._version == v for p, v in self.parameters)
 
     def check_unmodified(self, name: str) -> None:
         """Raises ModifiedInputError if an input was changed in place since the call."""

@@ -29,7 +29,7 @@ def check_modules(scope: Mapping[nn.Module, str], *, batched: bool, num_ranks: i
             _check_scaled_by_frequency(module, name, num_ranks)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             _check_renormalised(module, name, num_ranks)
-        if isinstance(module, _BatchNorm) and module.training:
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             _check_batch_norm(module, name, batched, num_ranks)
         elif batched and isinstance(module, nn.RNNBase):
             raise UnsupportedModelError(
@@ -69,19 +69,22 @@ def _check_renormalised(module: nn.Module, name: str, num_ranks: int) -> None:
 
 
 def _check_batch_norm(module: nn.Module, name: str, batched: bool, num_ranks: int) -> None:
-    kind = type(module).__name__
+    what, fix = "in training mode", "put it in eval mode"
+    if not module.training:
+        what = "with track_running_stats=False, which takes the batch's statistics in eval mode too"
+        fix = "track its statistics"
+    what = f"module '{name}' ({type(module).__name__}) {what}"
     if batched:
         raise UnsupportedModelError(
-            f"Found module '{name}' ({kind}) in training mode in an engine with a batch_dim; "
-            "expected modules that treat the samples independently, and this one normalises over "
-            "the batch. Replace it by GroupNorm or InstanceNorm, put it in eval mode, or use "
-            "batch_dim=None."
+            f"Found {what}, in an engine with a batch_dim; expected modules that treat the samples "
+            "independently, and this one normalises over the batch. Replace it by GroupNorm or "
+            f"InstanceNorm, {fix}, or use batch_dim=None."
         )
     if num_ranks > 1:
         raise UnsupportedModelError(
-            f"Found module '{name}' ({kind}) in training mode on {num_ranks} ranks; expected a "
-            "module whose result does not depend on how the batch is split over the ranks. "
-            "Replace it by GroupNorm or InstanceNorm, or put it in eval mode."
+            f"Found {what}, on {num_ranks} ranks; expected a module whose result does not depend "
+            "on how the batch is split over the ranks. Replace it by GroupNorm or InstanceNorm, or "
+            f"{fix}."
         )
 
 

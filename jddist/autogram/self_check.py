@@ -193,7 +193,10 @@ def warn_direct(names: Sequence[str], *, had_calls: bool, in_parts: bool = False
     """Says which parameters no usable call accounts for."""
     reason = "have no recorded call (create the Engine before the forward pass)"
     if had_calls:
-        reason = "are read without a batched call of their module that is still on record"
+        reason = (
+            "are read without a batched call of their module that is still on record, or by a "
+            "module that changes its buffers"
+        )
         if in_parts:
             reason += ", or by a module without a closed form around tensor-parallel layers"
     warnings.warn(

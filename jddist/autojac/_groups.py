@@ -59,12 +59,19 @@ def check_distinct(groups: list[list[Tensor]]) -> None:
 
 
 def check_group(group: list[Tensor], index: int) -> None:
-    """Raises ValueError unless there are tensors, which can get a gradient."""
+    """Raises ValueError unless there are real tensors, which can get a gradient."""
     if not group:
         raise ValueError(
             f"Found no tensors in group {index}; expected some. (A generator that was used up?)"
         )
     check_expects_gradients(group, ".grad")
+    for i, tensor in enumerate(group):
+        if tensor.is_complex():
+            raise ValueError(
+                f"Found tensor {i} of shape {tuple(tensor.shape)} in group {index} with complex "
+                "numbers; expected real ones, whose products make the Gramian. Keep its real and "
+                "imaginary parts in a real tensor, and use torch.view_as_complex in the model."
+            )
 
 
 def check_all_have_jac(

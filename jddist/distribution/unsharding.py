@@ -103,18 +103,20 @@ class Unsharding:
         another checks its rows): whoever skips one would shift the pairing of all collectives.
         """
         sharded = [m for m in self._modules if _is_sharded(m)]
-        before = [(g, g.reduce_grads, g.reshard_after_backward) for g in self._groups]
+        names = ("reduce_grads", "reshard_after_backward", "post_forward_mesh_info")
+        before = [(group, {n: getattr(group, n) for n in names}) for group in self._groups]
         prefetches = self._prefetches()
         for module in self._modules:
             module.unshard()
         try:
             for group in self._groups:
                 group.reduce_grads = group.reshard_after_backward = False
+                group.post_forward_mesh_info = None  # a forward that is repeated reshards nothing
             yield
         finally:
-            for group, reduce_grads, reshard_after_backward in before:
-                group.reduce_grads = reduce_grads
-                group.reshard_after_backward = reshard_after_backward
+            for group, values in before:
+                for name, value in values.items():
+                    setattr(group, name, value)
             self.end_failed_passes()
             for listed, contents in prefetches:
                 listed[:] = contents
@@ -193,7 +195,13 @@ def _param_groups(modules: Iterable[FSDPModule]) -> list[Any]:
             found = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
         else:
             found = None
-        needed = ("fsdp_params", "reduce_grads", "reshard_after_backward", "is_unsharded")
+        needed = (
+            "fsdp_params",
+            "reduce_grads",
+            "reshard_after_backward",
+            "post_forward_mesh_info",
+            "is_unsharded",
+        )
         if found is None or any(not hasattr(g, name) for g in found for name in needed):
             raise RuntimeError(
                 "Found a fully_shard whose state does not have the attributes that jddist needs; "

@@ -128,3 +128,39 @@ def test_options_of_the_wrapper() -> None:
             bound = 2e-2 if "bfloat16" in name else BOUND
             assert max(errors) <= bound, (name, errors)
             assert "bfloat16" not in name or min(errors) > 1e-5  # it did run narrow
+
+
+class _TwoLayers(nn.Module):
+    """Sharded layers below a parameter of its own, for which the whole module runs once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.offset = nn.Parameter(torch.randn(6))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.first(x + self.offset).tanh())
+        return out
+
+
+def _parent_parameters(rank: int, world_size: int, size: int) -> list[float]:
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    alone = _TwoLayers()
+    rows = rows_of(alone(x).square().sum(dim=1), alone)
+    model = _TwoLayers()
+    shard(model, [model.first, model.last], mesh=make_mesh(), reshard=True)
+    engine = Engine(model, batch_dim=0)
+    losses = model(x).square().sum(dim=1)[: size if rank == 1 else 0]
+    gramian = engine.compute_gramian(losses)
+    weights = torch.linspace(0.5, 1.0, size, dtype=torch.float64)
+    losses.backward(engine.local_weights(weights))
+    gradient = whole_gradients(model)
+    return [relative_error(gramian, rows @ rows.T), relative_error(gradient, weights @ rows)]
+
+
+def test_a_forward_is_repeated_on_some_ranks_alone() -> None:
+    """It must not gather parameters: a rank without samples repeats nothing."""
+    for errors in run_ranks(_parent_parameters, 3, 4):
+        assert max(errors) <= BOUND

@@ -145,6 +145,18 @@ class _PositionsFirst(nn.Module):
         return hidden.transpose(0, 1)
 
 
+class _EmptyCall(nn.Module):
+    """A layer may be called without samples, as an expert that nobody chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen = nn.Linear(6, 4)
+        self.expert = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.chosen(x), self.expert(x[:0])])
+
+
 AWKWARD = [
     Case("views_in_place", _Views, normal(6), on_x),
     Case("returns_views", _ReturnsViews, normal(6), _views_losses),
@@ -153,6 +165,7 @@ AWKWARD = [
     Case("data_dependent", _DataDependent, normal(6), on_x, announced=True),
     Case("custom_function", _CustomFunction, normal(6), on_x, announced=True),
     Case("custom_function_between", _cube_between, normal(6), on_x),
+    Case("empty_call", _EmptyCall, normal(6), on_x, announced=True),
     Case("flattened_positions", _FlattenedPositions, normal(3, 6), on_x, announced=True),
     Case("positions_first", _PositionsFirst, normal(3, 6), on_x, announced=True),
     # As many positions as samples in the tests' batch of 5: sizes cannot tell them apart.

@@ -47,15 +47,20 @@ def _queries_and_keys(size: int, generator: torch.Generator) -> Batch:
 
 
 class _PositionsFirstAttention(nn.Module):
-    """batch_first=False, torch's default."""
+    """batch_first=False, torch's default; perhaps with the last position of each sample masked."""
 
-    def __init__(self) -> None:
+    def __init__(self, padded: bool = False) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2)
+        self.padded = padded
 
     def forward(self, x: Tensor) -> Tensor:
         first = x.transpose(0, 1)
-        out: Tensor = self.attention(first, first, first, need_weights=False)[0]
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+        mask[:, -1] = True
+        out: Tensor = self.attention(
+            first, first, first, mask if self.padded else None, need_weights=False
+        )[0]
         return out.transpose(0, 1)
 
 
@@ -216,6 +221,15 @@ SEQUENCES = [
         lambda model, batch: per_sample(*model(batch["x"], batch["keys"])),
     ),
     Case("positions_first_attention", _PositionsFirstAttention, normal(4, 8), on_x, announced=True),
+    # As many positions as samples in the tests' batch of 5, and a mask that cannot be cut so.
+    Case(
+        "positions_first_padded",
+        lambda: _PositionsFirstAttention(padded=True),
+        normal(5, 8),
+        on_x,
+        empty_ok=False,
+        announced=True,
+    ),
     Case(
         "transformer_layer_post_norm",
         lambda: nn.Sequential(_encoder_layer(dropout=0.0), nn.Linear(8, 3)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -211,12 +211,15 @@ def _weight_norm() -> nn.Module:
     return nn.Sequential(normed, nn.Tanh(), nn.Linear(5, 2))
 
 
-def _weight_norm_by_hook() -> nn.Module:
+def _weight_norm_by_hook(convolution: bool) -> nn.Module:
+    layers: list[nn.Module] = [nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 5, 3), nn.Flatten()]
+    if not convolution:
+        layers = [nn.Linear(6, 5)]
     with warnings.catch_warnings():
         # torch has deprecated it; models that use it still have to be right.
         warnings.simplefilter("ignore", FutureWarning)
-        normed: Any = nn.utils.weight_norm(nn.Linear(6, 5))
-    return nn.Sequential(normed, nn.Tanh(), nn.Linear(5, 2))
+        nn.utils.weight_norm(layers[len(layers) // 2])
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(5, 2))
 
 
 SHARING = [
@@ -238,5 +241,8 @@ SHARING = [
     Case("no_grad_call", _NoGradCall, normal(6), on_x),
     Case("linear_subclass", _subclass, normal(6), on_x),
     Case("weight_norm", _weight_norm, normal(6), on_x),
-    Case("weight_norm_by_hook", _weight_norm_by_hook, normal(6), on_x, announced=True),
+    *(
+        Case(name, partial(_weight_norm_by_hook, is_conv), normal(6), on_x, announced=True)
+        for name, is_conv in (("weight_norm_by_hook", False), ("conv_norm_by_hook", True))
+    ),
 ]

@@ -387,7 +387,8 @@ class OuterBlock(TiledBlock):
             grads = self._product("left", mine, theirs)
             products = grads.view(n, k, t1, end, k, t2)
             if a1 is not None and a2 is not None:
-                mine, theirs = a1[low:high].reshape(n * t1, -1), a2[:end].reshape(end * t2, -1)
+                mine = a1[low:high].reshape(n * t1, self.in_features)
+                theirs = a2[:end].reshape(end * t2, self.in_features)
                 inputs = self._product("right", mine, theirs)
                 if self.ones:
                     inputs += 1

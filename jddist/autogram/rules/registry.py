@@ -99,7 +99,9 @@ def _computes_as(module: nn.Module, layer: type[nn.Module]) -> bool:
     if is_parametrized(module):
         return False
     # An old-style weight norm computes the weight in a hook: forward then reads a plain tensor.
-    return not any(isinstance(module.__dict__.get(name), Tensor) for name in layer.__annotations__)
+    # (The layer's bases have annotations too: those of Conv2d leave out the weight.)
+    names = {name for base in layer.__mro__ for name in vars(base).get("__annotations__", ())}
+    return not any(isinstance(module.__dict__.get(name), Tensor) for name in names | {"weight"})
 
 
 def _has_methods_of(subclass: type, layer: type[nn.Module]) -> bool:

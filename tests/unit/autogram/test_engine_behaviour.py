@@ -354,6 +354,34 @@ def test_a_penalty_on_the_parameters_from_some_step_on_is_noticed() -> None:
             assert_exact(engine, losses, model.parameters())
 
 
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_a_penalty_too_small_for_the_check_of_values_is_noticed(batch_dim: int | None) -> None:
+    """2e-8 of the Gramian: the size that rounding has in the check, but not in the result."""
+    model = small_model()
+    engine = Engine(model, batch_dim=batch_dim)
+    penalty = 1e-8 * sum(p.square().sum() for p in model.parameters())
+    with slow_way(announced=batch_dim == 0):
+        assert_exact(engine, losses_of(model(data())) + penalty, model.parameters())
+
+
+def test_a_module_that_changes_its_buffers_is_not_repeated() -> None:
+    """A spectral norm takes a step of its power iteration in every forward."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        normed = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))
+        models.append(nn.Sequential(normed, nn.Tanh(), nn.Linear(5, 3)).double())
+    model, untouched = models
+    engine = Engine(model, batch_dim=0)
+    for step in range(4):
+        expected = gramian(losses_of(untouched(data())), untouched.parameters())
+        with slow_way(announced=step == 0):
+            found = engine.compute_gramian(losses_of(model(data())))
+        assert relative_error(found, expected) <= 1e-14  # the iteration converges: 1e-7 is wrong
+        for buffer, reference in zip(model.buffers(), untouched.buffers(), strict=True):
+            assert torch.equal(buffer, reference)
+
+
 def test_gradients_that_are_zero_at_first_are_checked_again() -> None:
     torch.manual_seed(0)
     model = _Changing().double()

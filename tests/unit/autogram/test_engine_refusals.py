@@ -26,6 +26,10 @@ _REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch_norm": (lambda: nn.BatchNorm1d(5), "GroupNorm"),
     "sync_batch_norm": (lambda: nn.SyncBatchNorm(5), "GroupNorm"),
     "batch_norm_without_parameters": (lambda: nn.BatchNorm1d(5, affine=False), "GroupNorm"),
+    "batch_norm_without_statistics": (
+        lambda: nn.BatchNorm1d(5, track_running_stats=False).eval(),
+        "track its statistics",
+    ),
     "rnn": (lambda: nn.RNN(5, 5), "batch_dim=None"),
     "lstm": (lambda: nn.LSTM(5, 5, batch_first=True), "batch_dim=None"),
     "gru": (lambda: nn.GRU(5, 5), "batch_dim=None"),
@@ -70,6 +74,40 @@ def test_what_is_no_module_is_refused() -> None:
         Engine(model.parameters(), batch_dim=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nonfinite='sometimes'"):
         Engine(model, batch_dim=0, nonfinite="sometimes")  # type: ignore[arg-type]
+
+
+class _Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (3, 2))
+        out: Tensor = self.attention(x, x, x)[0]
+        return out.flatten(1)
+
+
+@pytest.mark.parametrize("first", [Offset(6), _Attends()])
+def test_parameters_changed_in_place_before_the_gramian_are_refused(first: nn.Module) -> None:
+    """By autograd: also at a step whose rows are not checked, where the first pass ends above the
+    module that runs once more."""
+    model = nn.Sequential(first, nn.Linear(6, 3)).double()
+    engine = Engine(model, batch_dim=0)
+    for _ in range(2):
+        assert_exact(engine, losses_of(model(data())), model.parameters())
+    losses = losses_of(model(data()))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        engine.compute_gramian(losses)
+
+
+@pytest.mark.parametrize("batch_dim", [0, None])
+def test_complex_parameters_are_refused_by_name(batch_dim: int | None) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3, bias=False, dtype=torch.complex128))
+    with pytest.raises(UnsupportedModelError, match=r"complex parameters: 1\.weight;.*real"):
+        Engine(model, batch_dim=batch_dim)
 
 
 @pytest.mark.parametrize(("layer", "name"), [(nn.Linear(6, 6), "0"), (Offset(6), "0")])

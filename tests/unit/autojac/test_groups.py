@@ -15,7 +15,7 @@ from jddist.aggregation import (
     PCGrad,
     UPGrad,
 )
-from jddist.autojac import jac_to_grad, jac_to_grad_groups
+from jddist.autojac import backward, jac_to_grad, jac_to_grad_groups
 from jddist.errors import NonFiniteObjectiveError
 from jddist.grouping import per_layer, per_network
 
@@ -93,6 +93,16 @@ def test_many_groups_equal_one_call_for_each() -> None:
         results.append([*weights, *(p.grad for p in model.parameters())])
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_complex_tensors_are_refused() -> None:
+    """J J^T without a conjugate is no Gramian, and its real part none of anything."""
+    x = torch.randn(2, 3, dtype=torch.complex128)
+    weight = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    backward((x @ weight).abs())
+    with pytest.raises(ValueError, match=r"tensor 0 of shape \(3,\) in group 0.*complex"):
+        jac_to_grad([weight], UPGrad())
+    assert weight.grad is None
 
 
 def test_tensors_without_jac_are_named_with_index_and_shape() -> None:
