@@ -16,7 +16,7 @@ from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock, add_b
 from jddist.autogram.blocks.products import add_square, mirror_
 
 from .collectives import Group
-from .factors import rounded_up, start_factors
+from .factors import Products, rounded_up, start_factors
 from .features import start_features
 from .planning import Plan
 from .schemes import BlockShape, Scheme, Step
@@ -81,12 +81,13 @@ def sharded_rows_gramian(
     """
     counts = [b * objectives for b in batches]
     total = torch.zeros(sum(counts), sum(counts), dtype=torch.float64, device=device)
+    products = Products(group, counts, device)
     pending: Callable[[], None] | None = None
     for step in plan.steps:
         mine = [blocks[i] for i in step.parameters]
         finish: Callable[[], None] | None = None
         if step.scheme is Scheme.FACTORS:
-            finish = start_factors(total, mine, step, group, batches, objectives, dtype)
+            finish = start_factors(products, mine, step, group, batches, objectives, dtype, device)
         elif step.scheme is Scheme.FEATURES:
             finish = start_features(total, mine, step, group, batches, objectives, dtype)
         elif step.scheme is Scheme.ROWS:
@@ -96,6 +97,7 @@ def sharded_rows_gramian(
         pending = finish
     if pending is not None:
         pending()
+    products.add_to(total)
     return total
 
 

@@ -19,13 +19,20 @@ def pack_lower(matrix: Tensor) -> Tensor:
     return packed.view(-1)
 
 
-def unpack_lower(vector: Tensor, m: int) -> Tensor:
-    """The inverse of ``pack_lower``: [m, m], zero above the diagonal."""
+def unpack_symmetric(vector: Tensor, m: int) -> Tensor:
+    """The symmetric matrix [m, m] whose lower triangle ``pack_lower`` made a vector of."""
     half, below, beside = _folds(m)
     packed = vector.reshape(m + below, half)
-    matrix = vector.new_zeros(m, m)
-    matrix[:, :half] = packed[below:].tril()
-    matrix[half:, half:] = packed[: m - half, beside:].triu().T
+    left = packed[below:]
+    matrix = vector.new_empty(m, m)
+    for corner, triangle in (
+        (matrix[:half, :half], left[:half].tril()),
+        (matrix[half:, half:], packed[: m - half, beside:].triu().T),
+    ):
+        corner.copy_(triangle)
+        corner += triangle.tril_(-1).T
+    matrix[half:, :half] = left[half:]
+    matrix[:half, half:] = left[half:].T
     return matrix
 
 
