@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,8 @@ from .early import EarlyGramian
 from .layout import OutputLayout
 from .local_pass import Blocks
 from .parameters import ParameterTable
+
+_OF_SHAPES = [field.name for field in fields(BlockShape)]
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def to_tell(
         "size": layout.size,
         "samples": samples,
         "count": counts,
-        "shapes": [list(asdict(shape).values()) for shape in shapes],
+        "shapes": [[getattr(shape, name) for name in _OF_SHAPES] for shape in shapes],
     }
 
 
@@ -227,11 +229,16 @@ def gramian(
         values, rows_finite = summed_rows_gramian(blocks, exchange, scale, group, dtype, device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
     # One buffer: half of the Gramian and the flags, in one collective.
-    half = pack_lower(values)
-    buffer = torch.cat([half, flags.reshape(-1)])
+    half = m * (m + 1) // 2
+    buffer = group.buffers.take(half + flags.numel(), values.dtype, device)
+    pack_lower(values, out=buffer[:half])
+    buffer[half:] = flags.view(-1)
+    if layout.sharded and group.size > 1:
+        group.buffers.give_back(values)
     everyone.all_reduce(buffer)
-    values = unpack_symmetric(buffer[: len(half)], m)
-    flags = buffer[len(half) :].view(flags.shape) > 0
+    values = unpack_symmetric(buffer[:half], m)
+    flags = buffer[half:].view(flags.shape) > 0
+    group.buffers.give_back(buffer)
     if layout.sharded:
         flags = flags | _not_finite(values)
     return GramianParts(values, flags, exchange)
@@ -242,9 +249,10 @@ def _not_finite(values: Tensor) -> Tensor:
 
     Products of finite rows are finite, but for what an exchange made of them.
     """
-    zeros = values * 0.0  # NaN where the value is NaN or infinite; far faster than isfinite
-    rows = zeros.diagonal() != 0
-    return rows | (zeros.masked_fill(rows, 0.0).sum(dim=1) != 0)
+    # A row with such an element has such a sum; to sum is far faster than to look at each.
+    bad = ~torch.isfinite(values.sum(dim=1))
+    rows = ~torch.isfinite(values.diagonal())
+    return rows | (bad & ~rows.any())
 
 
 def plan_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Products:
     """
 
     def __init__(self, group: Group, counts: Sequence[int], device: torch.device) -> None:
-        self._rank, self._counts, self._device = group.rank, list(counts), device
+        self._group, self._counts, self._device = group, list(counts), device
         self.square = self._zeros([group.rank])
         self._crosses: dict[tuple[int, ...], Tensor] = {}
 
@@ -40,22 +41,26 @@ class Products:
         return self._crosses[key]
 
     def add_to(self, total: Tensor) -> None:
-        """Adds all of them to the lower triangle of the Gramian of all ranks' rows [M, M]."""
+        """Adds all of them to the lower triangle of the Gramian of all ranks' rows [M, M], once."""
         ends = list(accumulate(self._counts))
         places = [slice(end - count, end) for end, count in zip(ends, self._counts, strict=True)]
-        own = places[self._rank]
+        own = places[self._group.rank]
         total[own, own] += self.square
         for others, products in self._crosses.items():
             widths = [self._counts[r] for r in others]
             for r, product in zip(others, products.split(widths, dim=1), strict=True):
-                if r < self._rank:
+                if r < self._group.rank:
                     total[own, places[r]] += product
                 else:
                     total[places[r], own] += product.T
+        for buffer in (self.square, *self._crosses.values()):
+            self._group.buffers.give_back(buffer)
+        self._crosses.clear()
 
     def _zeros(self, others: Sequence[int]) -> Tensor:
-        shape = (self._counts[self._rank], sum(self._counts[r] for r in others))
-        return torch.zeros(shape, dtype=torch.float64, device=self._device)
+        shape = (self._counts[self._group.rank], sum(self._counts[r] for r in others))
+        buffer = self._group.buffers.take(prod(shape), torch.float64, self._device)
+        return buffer.view(shape).zero_()
 
 
 def start_factors(
@@ -91,13 +96,14 @@ def start_factors(
     weight = mine[0]
     receivers, partners = (f(rank, size, step.turn) for f in (receivers_of, partners_of))
     received = [n if r in partners else 0 for r, n in enumerate(lengths)]
-    flat = torch.zeros(lengths[rank] if receivers else 0, dtype=dtype, device=device)
-    if weight is not None and receivers and lengths[rank] > 0:
-        flat = _flatten(weight, dtype, positions[rank])
+    flat = group.buffers.take(lengths[rank] if receivers else 0, dtype, device)
+    if len(flat):
+        assert weight is not None
+        _flatten(flat, weight, positions[rank])
     sent = [flat if r in receivers else flat[:0] for r in range(size)]
     wait = group.exchange(sent, received)
 
-    def finish() -> None:
+    def multiply() -> Tensor:
         present = weight is not None and lengths[rank] > 0
         alike = _alike(partners, positions, lengths, step.kind) if present else []
         by_rows = bool(alike) and _prefers_rows(weight)
@@ -107,9 +113,10 @@ def start_factors(
             left = _as_one(weight, flat, step, batches[rank], positions[rank], k, dtype)
         if present and not by_rows:  # nothing of the others' is needed
             add_blocks(products.square, mine)
-        gathered = wait().split(received)
+        arrived = wait()
         if weight is None or not alike:
-            return
+            return arrived
+        gathered = arrived.split(received)
         rights = [
             _block_of(
                 [_Factors.of(gathered[r], step, batches[r], positions[r], k) for r in others], step
@@ -121,9 +128,15 @@ def start_factors(
         crosses = [products.cross(others) for others in alike]
         if left is None:
             _add_by_rows(products.square, crosses, mine, rights)
-            return
+            return arrived
         for right, cross in zip(rights, crosses, strict=True):
             cross += left.cross(right)
+        return arrived
+
+    def finish() -> None:
+        arrived = multiply()
+        for buffer in (flat, arrived):
+            group.buffers.give_back(buffer)
 
     return finish
 
@@ -245,20 +258,27 @@ def rounded_up(count: int) -> int:
     return -(-count // granule) * granule
 
 
-def _flatten(block: JacobianBlock, dtype: torch.dtype, positions: int) -> Tensor:
-    """A block's factors as one vector."""
+def _flatten(flat: Tensor, block: JacobianBlock, positions: int) -> None:
+    """Fills ``flat`` with a block's factors."""
     if isinstance(block, LookupBlock):
         samples, lines, values = block.entries()
-        missing = positions - len(block)  # filled with zeros for line 0
-        samples, lines = (F.pad(x, (0, missing)) for x in (samples, lines))
-        values = F.pad(values, (0, 0, 0, 0, 0, missing))
         # Whole numbers travel as they are, in the bits of floating-point ones.
-        bits = torch.cat([samples, lines]).to(_integers_like(dtype)).view(dtype)
-        return torch.cat([bits, values.reshape(-1).to(dtype)])
+        numbers = flat[: 2 * positions].view(_integers_like(flat.dtype))
+        # What is missing is filled with zeros for line 0.
+        missing = positions - len(block)
+        pieces = [F.pad(x, (0, missing)) for x in (samples, lines)]
+        numbers.copy_(torch.cat(pieces))
+        rest = flat[2 * positions :].view(positions, -1)
+        rest[: len(block)] = values.flatten(1)
+        rest[len(block) :] = 0
+        return
     assert isinstance(block, OuterBlock)
     inputs, grads = block.factors()
-    pieces = [grads.reshape(-1)] if inputs is None else [inputs.reshape(-1), grads.reshape(-1)]
-    return torch.cat(pieces).to(dtype)
+    split = 0
+    if inputs is not None:
+        split = inputs.numel()
+        flat[:split].view(inputs.shape).copy_(inputs)
+    flat[split:].view(grads.shape).copy_(grads)
 
 
 def _integers_like(dtype: torch.dtype) -> torch.dtype:

@@ -6,17 +6,25 @@ is left above it. Gathering the elements one by one would cost several times as 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def pack_lower(matrix: Tensor) -> Tensor:
-    """The lower triangle of a matrix [m, m] as a vector [m (m + 1) / 2], in an order of its own."""
+def pack_lower(matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """The lower triangle of a matrix [m, m] as a vector [m (m + 1) / 2], in an order of its own.
+
+    Args:
+        matrix: The matrix.
+        out: Where to put the vector.
+    """
     m = len(matrix)
     half, below, beside = _folds(m)
-    packed = matrix.new_zeros(m + below, half)
-    packed[below:] += matrix[:, :half].tril()
+    out = matrix.new_empty(m * (m + 1) // 2) if out is None else out
+    packed = out.view(m + below, half)
+    packed[:below] = 0
+    torch.tril(matrix[:, :half], out=packed[below:])
     packed[: m - half, beside:] += matrix[half:, half:].T.triu()
-    return packed.view(-1)
+    return out
 
 
 def unpack_symmetric(vector: Tensor, m: int) -> Tensor:
