@@ -15,9 +15,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from jddist.autogram import Engine
 from jddist.autogram import step as step_module
-from jddist.distribution import data_parallel
+from jddist.distribution import Scheme, data_parallel
 from tests._oracle import jacobian, relative_error
 from tests._ranks import run_ranks
+from tests.distributed._exchanged import only
 from tests.distributed._training import LOSSES, flatten, local_part, make_data, make_network, wrap
 
 BOUND = 1e-12
@@ -207,3 +208,31 @@ def test_graphs_of_different_kinds_are_an_error_on_every_rank() -> None:
     for message in run_ranks(_different_kinds, 2):
         assert message.startswith("2: Found graphs of different kinds: that of rank 1")
         assert "retain_graph=True" in message
+
+
+def _biases_alone(rank: int, world_size: int) -> list[Tensor]:
+    """Steps whose graph is kept, on columns that are exchanged as factors and then held as rows."""
+    model = make_network()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    ddp = wrap(model)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+    engine = Engine(ddp, batch_dim=0)
+    grads = []
+    with only(Scheme.FACTORS), _Count() as count:
+        for step in range(STEPS):
+            model.zero_grad()
+            losses = LOSSES["instance"](ddp(x), y)
+            engine.backward(losses, lambda g, s=step: _weights(s, len(g)), retain_graph=True)
+            grads.append(flatten([p.grad for p in model.parameters() if p.ndim == 1]))
+    assert count.calls == STEPS
+    return grads
+
+
+def test_biases_alone_with_the_graph_kept() -> None:
+    model, (x, y) = make_network(), make_data()
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    rows = jacobian(LOSSES["instance"](model(x), y), biases)
+    for grads in run_ranks(_biases_alone, 2):
+        for step, grad in enumerate(grads):
+            assert relative_error(grad, _weights(step, len(x)) @ rows) <= BOUND
