@@ -28,8 +28,9 @@ class Buffers:
 
     def give_back(self, tensor: Tensor) -> None:
         """Returns what ``take`` gave, of which nobody may hold a view any more."""
-        if tensor.device.type != "cpu":
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
             return
+        assert all(free.data_ptr() != tensor.data_ptr() for free in self._free), "given back twice"
         self._free.append(tensor.view(-1))
         while sum(free.nbytes for free in self._free) > _IDLE:
             self._free.pop(0)  # the one that was idle for longest

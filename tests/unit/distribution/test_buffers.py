@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from jddist.distribution.buffers import _IDLE, Buffers
@@ -28,3 +29,13 @@ def test_little_lies_idle() -> None:
         buffers.give_back(torch.empty(numel, dtype=torch.float64))
     assert [free.numel() for free in buffers._free] == [_IDLE // 16]
     assert sum(free.nbytes for free in buffers._free) <= _IDLE
+
+
+def test_nothing_is_given_back_twice() -> None:
+    buffers = Buffers()
+    buffer = buffers.take(5, torch.float32, CPU)
+    buffers.give_back(buffer)
+    with pytest.raises(AssertionError, match="twice"):
+        buffers.give_back(buffer)
+    for _ in range(2):
+        buffers.give_back(buffers.take(0, torch.float32, CPU))
