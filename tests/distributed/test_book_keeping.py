@@ -175,7 +175,14 @@ def _branch(rank: int, world_size: int) -> dict[str, Any]:
             )
     grads = [p.grad for p in (*model.left.parameters(), *model.right.parameters())]
     assert all(p.grad is None for p in model.spare.parameters())
-    return {"grad": flatten(grads), "combined": count.calls, "x": x}
+    once = flatten(grads)
+    model.zero_grad()
+    for step in range(2):  # each rank reaches the one, then the other
+        with contextlib.nullcontext() if step else ddp.no_sync():
+            losses = ddp(-x if step else x).square().sum(1)
+            engine.backward(losses, lambda g: torch.arange(1.0, len(g) + 1).double())
+    twice = flatten([p.grad for p in (*model.left.parameters(), *model.right.parameters())])
+    return {"grad": once, "both": twice, "combined": count.calls, "x": x}
 
 
 def test_ranks_that_reach_different_parameters() -> None:
@@ -185,9 +192,13 @@ def test_ranks_that_reach_different_parameters() -> None:
     losses = torch.cat([model(rank["x"]).square().sum(1) for rank in found])
     (losses * torch.arange(1.0, 7)).sum().backward()
     expected = flatten([p.grad for p in (*model.left.parameters(), *model.right.parameters())])
+    losses = torch.cat([model(-rank["x"]).square().sum(1) for rank in found])
+    (losses * torch.arange(1.0, 7)).sum().backward()
+    both = flatten([p.grad for p in (*model.left.parameters(), *model.right.parameters())])
     for rank in found:
         assert rank["combined"] == 1
         assert relative_error(rank["grad"], expected) <= BOUND
+        assert relative_error(rank["both"], both) <= BOUND
 
 
 def _different_kinds(rank: int, world_size: int) -> str:
