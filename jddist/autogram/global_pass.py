@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from jddist.distribution.exchange import (
 )
 from jddist.distribution.planning import Plan, Prefer, plan, plan_sums
 from jddist.distribution.schemes import BlockShape
-from jddist.distribution.triangle import pack_lower, unpack_lower
+from jddist.distribution.triangle import pack_lower, unpack_symmetric
 from jddist.distribution.whole import shape_of
 from jddist.errors import NonFiniteObjectiveError
 
@@ -32,6 +32,8 @@ from .early import EarlyGramian
 from .layout import OutputLayout
 from .local_pass import Blocks
 from .parameters import ParameterTable
+
+_OF_SHAPES = [field.name for field in fields(BlockShape)]
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def to_tell(
         "size": layout.size,
         "samples": samples,
         "count": counts,
-        "shapes": [list(asdict(shape).values()) for shape in shapes],
+        "shapes": [[getattr(shape, name) for name in _OF_SHAPES] for shape in shapes],
     }
 
 
@@ -227,17 +229,30 @@ def gramian(
         values, rows_finite = summed_rows_gramian(blocks, exchange, scale, group, dtype, device)
         flags[group.rank] = (~(finite & rows_finite) & (scale != 0)).double()
     # One buffer: half of the Gramian and the flags, in one collective.
-    half = pack_lower(values)
-    buffer = torch.cat([half, flags.reshape(-1)])
+    half = m * (m + 1) // 2
+    buffer = group.buffers.take(half + flags.numel(), values.dtype, device)
+    pack_lower(values, out=buffer[:half])
+    buffer[half:] = flags.view(-1)
+    if layout.sharded and group.size > 1:
+        group.buffers.give_back(values)
     everyone.all_reduce(buffer)
-    values = mirror_(unpack_lower(buffer[: len(half)], m))
-    flags = buffer[len(half) :].view(flags.shape) > 0
+    values = unpack_symmetric(buffer[:half], m)
+    flags = buffer[half:].view(flags.shape) > 0
+    group.buffers.give_back(buffer)
     if layout.sharded:
-        bad = ~torch.isfinite(values)
-        rows = bad.diagonal()
-        # Products of finite rows are finite, but for what an exchange made of them.
-        flags = flags | rows | (bad & ~rows & ~rows.unsqueeze(1)).any(dim=1)
+        flags = flags | _not_finite(values)
     return GramianParts(values, flags, exchange)
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    """Which objectives are to blame for a Gramian [m, m] that is not finite: [m].
+
+    Products of finite rows are finite, but for what an exchange made of them.
+    """
+    # A row with such an element has such a sum; to sum is far faster than to look at each.
+    bad = ~torch.isfinite(values.sum(dim=1))
+    rows = ~torch.isfinite(values.diagonal())
+    return rows | (bad & ~rows.any())
 
 
 def plan_of(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import stalls
+from .buffers import Buffers
 
 # torch 2.13 renamed these two; older versions have the old names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -37,12 +38,16 @@ class Group:
 
     Args:
         process_group: The process group, or None for this process alone.
+
+    Attributes:
+        buffers: Memory for messages.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         self.process_group = process_group
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.buffers = Buffers()
         self._control = process_group
         if self.size > 1 and dist.get_backend(process_group) != "gloo":
             # Row counts, shapes and error messages travel between hosts' memories: over NCCL they
@@ -163,20 +168,33 @@ class Group:
             lengths: The lengths of the vectors that come from each rank.
 
         Returns:
-            A function that waits for the vectors of all ranks and returns them, joined.
+            A function that waits for the vectors of all ranks and returns them, joined. They are
+            one of the group's ``buffers``, which may be given back.
         """
         if self.size == 1:
             return lambda: sent[0]
         parts = [part for part in sent if len(part)]
         joined = parts[0] if len(parts) == 1 else torch.cat(list(sent))
-        self._count(joined, 1.0, own=len(sent[self.rank]))
-        received = joined.new_empty(sum(lengths))
+        return self.start_all_to_all(joined, [len(part) for part in sent], lengths)
+
+    def start_all_to_all(
+        self, joined: Tensor, sent: Sequence[int], lengths: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        """``exchange`` of vectors that lie one behind the other.
+
+        Args:
+            joined: The vectors for all ranks, with several ranks.
+            sent: Their lengths.
+            lengths: The lengths of the vectors that come from each rank.
+        """
+        self._count(joined, 1.0, own=sent[self.rank])
+        received = self.buffers.take(sum(lengths), joined.dtype, joined.device)
         with self.naming():
             work = dist.all_to_all_single(
                 received,
                 joined,
                 list(lengths),
-                [len(part) for part in sent],
+                list(sent),
                 group=self.process_group,
                 async_op=True,
             )
@@ -200,21 +218,39 @@ class Group:
 
     def rows_to_columns(self, rows: Tensor, row_counts: Sequence[int]) -> Tensor:
         """From every rank's rows [m_r, p] to this rank's columns of all rows [M, p_r]."""
-        return self.start_rows_to_columns(rows, row_counts)()
+        return self.start_rows_to_columns([rows], row_counts, rows.dtype)()
 
     def start_rows_to_columns(
-        self, rows: Tensor, row_counts: Sequence[int]
+        self, pieces: Sequence[Tensor], row_counts: Sequence[int], dtype: torch.dtype
     ) -> Callable[[], Tensor]:
-        """``rows_to_columns`` in the background; the function waits for the columns."""
+        """``rows_to_columns`` in the background; the function waits for the columns.
+
+        Args:
+            pieces: Some columns each of this rank's rows, side by side: [m_r, p_i].
+            row_counts: m of each rank.
+            dtype: The dtype in which they travel.
+
+        Returns:
+            A function that returns the columns, in one of the group's ``buffers``.
+        """
         if self.size == 1:
+            rows = torch.cat([piece.to(dtype) for piece in pieces], dim=1)
             return lambda: rows
-        bounds = column_bounds(rows.shape[1], self.size)
-        mine = bounds[self.rank][1] - bounds[self.rank][0]
-        wait = self.exchange(
-            [rows[:, start:stop].reshape(-1) for start, stop in bounds],
-            [count * mine for count in row_counts],
-        )
-        return lambda: wait().view(sum(row_counts), mine)
+        m, device = row_counts[self.rank], pieces[0].device
+        bounds = column_bounds(sum(piece.shape[1] for piece in pieces), self.size)
+        widths = [stop - start for start, stop in bounds]
+        joined = self.buffers.take(m * sum(widths), dtype, device)
+        sent = [m * width for width in widths]
+        for (start, stop), part in zip(bounds, joined.split(sent), strict=True):
+            _fill(part.view(m, stop - start), pieces, start)
+        wait = self.start_all_to_all(joined, sent, [n * widths[self.rank] for n in row_counts])
+
+        def finish() -> Tensor:
+            columns = wait()
+            self.buffers.give_back(joined)
+            return columns.view(sum(row_counts), widths[self.rank])
+
+        return finish
 
     def reduce_columns(self, rows: Tensor) -> Tensor:
         """From every rank's estimate [m, p] of the same rows to this rank's columns of the sum."""
@@ -234,6 +270,16 @@ class Group:
             return columns
         widths = [stop - start for start, stop in column_bounds(total, self.size)]
         return torch.cat(self.all_gather_uneven(columns, widths))
+
+
+def _fill(target: Tensor, pieces: Sequence[Tensor], start: int) -> None:
+    """Copies to ``target`` [m, w] the columns from ``start`` on of all ``pieces`` [m, p_i]."""
+    stop, offset = start + target.shape[1], 0
+    for piece in pieces:
+        low, high = max(start, offset), min(stop, offset + piece.shape[1])
+        if low < high:
+            target[:, low - start : high - start] = piece[:, low - offset : high - offset]
+        offset += piece.shape[1]
 
 
 def timeout_of(process_group: dist.ProcessGroup | None) -> timedelta | None:

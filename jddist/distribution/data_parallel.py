@@ -101,14 +101,14 @@ class DataParallel(Distribution):
             for i, mean in zip(bucket, means, strict=True):
                 total, own = parameters[i].grad, gradients[i]
                 if own is not None:
-                    mean.copy_(own if total is None else total + own)
+                    torch.div(own if total is None else total + own, self.divisor, out=mean)
                 elif total is not None:
-                    mean.copy_(total)
+                    torch.div(total, self.divisor, out=mean)
                 else:
                     mean.zero_()
             under_way.append((bucket, means, self.group.start_all_reduce(flat)))
         for bucket, means, wait in under_way:
-            wait().div_(self.divisor)
+            wait()
             for i, mean in zip(bucket, means, strict=True):
                 parameter = parameters[i]
                 if parameter.grad is not None:

@@ -16,7 +16,7 @@ from jddist.autogram.blocks import JacobianBlock, LookupBlock, OuterBlock, add_b
 from jddist.autogram.blocks.products import add_square, mirror_
 
 from .collectives import Group
-from .factors import rounded_up, start_factors
+from .factors import Products, rounded_up, start_factors
 from .features import start_features
 from .planning import Plan
 from .schemes import BlockShape, Scheme, Step
@@ -66,7 +66,8 @@ def sharded_rows_gramian(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """This rank's part of the Gramian [M, M] of all ranks' rows, in its lower triangle.
+    """This rank's part of the Gramian [M, M] of all ranks' rows, in its lower triangle, in one of
+    the group's ``buffers``.
 
     Each layer's message is under way while the one before it is computed with.
 
@@ -80,13 +81,15 @@ def sharded_rows_gramian(
         device: The device of the rows.
     """
     counts = [b * objectives for b in batches]
-    total = torch.zeros(sum(counts), sum(counts), dtype=torch.float64, device=device)
+    m = sum(counts)
+    total = group.buffers.take(m * m, torch.float64, device).view(m, m).zero_()
+    products = Products(group, counts, device)
     pending: Callable[[], None] | None = None
     for step in plan.steps:
         mine = [blocks[i] for i in step.parameters]
         finish: Callable[[], None] | None = None
         if step.scheme is Scheme.FACTORS:
-            finish = start_factors(total, mine, step, group, batches, objectives, dtype)
+            finish = start_factors(products, mine, step, group, batches, objectives, dtype, device)
         elif step.scheme is Scheme.FEATURES:
             finish = start_features(total, mine, step, group, batches, objectives, dtype)
         elif step.scheme is Scheme.ROWS:
@@ -96,6 +99,7 @@ def sharded_rows_gramian(
         pending = finish
     if pending is not None:
         pending()
+    products.add_to(total)
     return total
 
 
@@ -123,7 +127,8 @@ def summed_rows_gramian(
     total = torch.zeros(m, m, dtype=torch.float64, device=device)
     finite = torch.ones(m, dtype=torch.bool, device=device)
     for step in plan.steps:
-        rows = _joined_rows([blocks[i] for i in step.parameters], step, m, dtype, device)
+        pieces = _rows([blocks[i] for i in step.parameters], step, m, dtype, device)
+        rows = torch.cat([piece.to(dtype) for piece in pieces], dim=1)
         finite &= torch.isfinite(rows.sum(dim=1))
         add_square(total, group.reduce_columns(scale_rows(rows, row_scale)))
     return total, finite
@@ -143,20 +148,27 @@ def _start_rows(
     counts: Sequence[int],
     dtype: torch.dtype,
 ) -> Callable[[], None]:
-    rows = _joined_rows(mine, step, counts[group.rank], dtype, total.device)
-    wait = group.start_rows_to_columns(rows, counts)
-    return lambda: add_square(total, wait())
+    rows = _rows(mine, step, counts[group.rank], dtype, total.device)
+    wait = group.start_rows_to_columns(rows, counts, dtype)
+
+    def finish() -> None:
+        columns = wait()
+        add_square(total, columns)
+        if group.size > 1:
+            group.buffers.give_back(columns)
+
+    return finish
 
 
-def _joined_rows(
+def _rows(
     blocks: Blocks, step: Step, num_rows: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The rows of all the blocks of a step, side by side: [m, p]."""
+) -> list[Tensor]:
+    """The rows of all the blocks of a step, which belong side by side: [m, p_i]."""
     pieces = []
     for block, width in zip(blocks, step.widths, strict=True):
         if block is None:
             pieces.append(torch.zeros(num_rows, width, dtype=dtype, device=device))
         else:
             assert block.num_rows == num_rows
-            pieces.append(block.rows().to(dtype))
-    return torch.cat(pieces, dim=1)
+            pieces.append(block.rows())
+    return pieces

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,51 +16,107 @@ from .collectives import Group
 from .schemes import Step, partners_of, receivers_of
 
 
+class Products:
+    """The products that this rank computes of the layers that are exchanged as factors.
+
+    Args:
+        group: The ranks.
+        counts: The number of rows of each rank.
+        device: The device of the rows.
+
+    Attributes:
+        square: This rank's rows with one another [m, m], float64; the lower triangle counts.
+    """
+
+    def __init__(self, group: Group, counts: Sequence[int], device: torch.device) -> None:
+        self._group, self._counts, self._device = group, list(counts), device
+        self.square = self._zeros([group.rank])
+        self._crosses: dict[tuple[int, ...], Tensor] = {}
+
+    def cross(self, others: Sequence[int]) -> Tensor:
+        """This rank's rows with those of some others, side by side: [m, m'], float64."""
+        key = tuple(others)
+        if key not in self._crosses:
+            self._crosses[key] = self._zeros(others)
+        return self._crosses[key]
+
+    def add_to(self, total: Tensor) -> None:
+        """Adds all of them to the lower triangle of the Gramian of all ranks' rows [M, M], once."""
+        ends = list(accumulate(self._counts))
+        places = [slice(end - count, end) for end, count in zip(ends, self._counts, strict=True)]
+        own = places[self._group.rank]
+        total[own, own] += self.square
+        for others, products in self._crosses.items():
+            widths = [self._counts[r] for r in others]
+            for r, product in zip(others, products.split(widths, dim=1), strict=True):
+                if r < self._group.rank:
+                    total[own, places[r]] += product
+                else:
+                    total[places[r], own] += product.T
+        for buffer in (self.square, *self._crosses.values()):
+            self._group.buffers.give_back(buffer)
+        self._crosses.clear()
+
+    def _zeros(self, others: Sequence[int]) -> Tensor:
+        shape = (self._counts[self._group.rank], sum(self._counts[r] for r in others))
+        buffer = self._group.buffers.take(prod(shape), torch.float64, self._device)
+        return buffer.view(shape).zero_()
+
+
 def start_factors(
-    total: Tensor,
+    products: Products,
     mine: Sequence[JacobianBlock | None],
     step: Step,
     group: Group,
     batches: Sequence[int],
     k: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Callable[[], None]:
     """Sends this rank's factors to the ranks that multiply with them.
 
     Args:
-        total: The Gramian of all ranks' rows [M, M], of which the lower triangle counts.
+        products: What is computed so far.
         mine: This rank's block, and that of the bias if the step has one.
         step: The plan for this block.
         group: The ranks.
         batches: b of each rank.
         k: The number of objectives of each sample.
         dtype: The dtype in which the factors travel.
+        device: The device of the rows.
 
     Returns:
-        A function that waits for the others' factors and adds to ``total`` the products of this
-        rank's rows with one another and with its partners'.
+        A function that waits for the others' factors and adds to ``products`` those of this rank's
+        rows with one another and with its partners'.
     """
     assert step.lengths is not None and step.positions is not None
     lengths = [int(n) for n in step.lengths.tolist()]
     positions = [int(t) for t in step.positions.tolist()]
     rank, size = group.rank, group.size
-    block = mine[0]
-    present = block is not None and lengths[rank] > 0
-    flat = torch.zeros(lengths[rank], dtype=dtype, device=total.device)
-    if block is not None and present and size > 1:
-        flat = _flatten(block, dtype, positions[rank])
+    weight = mine[0]
     receivers, partners = (f(rank, size, step.turn) for f in (receivers_of, partners_of))
     received = [n if r in partners else 0 for r, n in enumerate(lengths)]
+    flat = group.buffers.take(lengths[rank] if receivers else 0, dtype, device)
+    if len(flat):
+        assert weight is not None
+        _flatten(flat, weight, positions[rank])
     sent = [flat if r in receivers else flat[:0] for r in range(size)]
     wait = group.exchange(sent, received)
 
-    def finish() -> None:
-        gathered = wait().split(received)
-        if block is None or not present:
-            return
-        starts = [k * sum(batches[:r]) for r in range(size + 1)]
-        own = slice(starts[rank], starts[rank + 1])
-        alike = _alike(partners, positions, lengths, step.kind)
+    def multiply() -> Tensor:
+        present = weight is not None and lengths[rank] > 0
+        alike = _alike(partners, positions, lengths, step.kind) if present else []
+        by_rows = bool(alike) and _prefers_rows(weight)
+        left: JacobianBlock | None = None
+        if weight is not None and alike and not by_rows:
+            # Before the rows are kept, and the factors forgotten.
+            left = _as_one(weight, flat, step, batches[rank], positions[rank], k, dtype)
+        if present and not by_rows:  # nothing of the others' is needed
+            add_blocks(products.square, mine)
+        arrived = wait()
+        if weight is None or not alike:
+            return arrived
+        gathered = arrived.split(received)
         rights = [
             _block_of(
                 [_Factors.of(gathered[r], step, batches[r], positions[r], k) for r in others], step
@@ -66,17 +124,19 @@ def start_factors(
             for others in alike
         ]
         for right in rights:
-            right.lend(block.scratch, keep=False)
-        square, crosses = _products(mine, rights, flat, step, batches[rank], positions[rank], k)
-        total[own, own] += square
-        for others, products in zip(alike, crosses, strict=True):
-            widths = [k * batches[r] for r in others]
-            for r, product in zip(others, products.split(widths, dim=1), strict=True):
-                theirs = slice(starts[r], starts[r + 1])
-                if r < rank:
-                    total[own, theirs] += product
-                else:
-                    total[theirs, own] += product.T
+            right.lend(weight.scratch, keep=False)
+        crosses = [products.cross(others) for others in alike]
+        if left is None:
+            _add_by_rows(products.square, crosses, mine, rights)
+            return arrived
+        for right, cross in zip(rights, crosses, strict=True):
+            cross += left.cross(right)
+        return arrived
+
+    def finish() -> None:
+        arrived = multiply()
+        for buffer in (flat, arrived):
+            group.buffers.give_back(buffer)
 
     return finish
 
@@ -131,51 +191,64 @@ def _alike(
     return list(found.values())
 
 
-def _products(
+def _prefers_rows(block: JacobianBlock | None) -> bool:
+    """Whether the products of a block's rows are made of the rows themselves."""
+    if not isinstance(block, OuterBlock) or not block.in_features:
+        return False
+    return not block.prefers_pairs()
+
+
+def _add_by_rows(
+    square: Tensor,
+    crosses: Sequence[Tensor],
     mine: Sequence[JacobianBlock | None],
     rights: Sequence[JacobianBlock],
+) -> None:
+    """Adds the products of this rank's rows with one another and with each of ``rights``, this
+    rank's rows being formed once."""
+    weight, *biases = mine
+    others = [right for right in rights if isinstance(right, OuterBlock)]
+    assert isinstance(weight, OuterBlock)
+    weight.add_gramian_and_crosses(square, others, crosses)
+    for bias in biases:
+        assert isinstance(bias, OuterBlock)
+        bias.add_gramian(square)
+        for other, cross in zip(others, crosses, strict=True):
+            theirs = other.bias_rows()
+            cross += bias.bias_rows().to(theirs.dtype) @ theirs.T
+
+
+def _as_one(
+    block: JacobianBlock,
     flat: Tensor,
     step: Step,
     batch: int,
     positions: int,
     k: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """The products of this rank's rows with one another, in the lower triangle, and with those of
-    each of ``rights``.
+    dtype: torch.dtype,
+) -> JacobianBlock:
+    """This rank's block as the others would see it: with its bias, if the step has one.
 
     Args:
-        mine: This rank's block, and that of the bias if the step has one.
-        rights: Other ranks' rows.
-        flat: This rank's factors as they travelled.
-        step: The plan for this block.
+        block: The block.
+        flat: Its factors as they were sent; empty if they were not.
+        step: The plan for it.
         batch: This rank's b.
         positions: Its t.
         k: The number of objectives of each sample.
+        dtype: The dtype in which factors travel.
     """
-    weight, *biases = mine
-    assert weight is not None
-    m, device = weight.num_rows, weight.device
-    square = torch.zeros(m, m, dtype=torch.float64, device=device)
-    outer = isinstance(weight, OuterBlock) and weight.in_features > 0
-    if isinstance(weight, OuterBlock) and outer and not weight.prefers_pairs():
-        others = [right for right in rights if isinstance(right, OuterBlock)]
-        crosses = [
-            torch.zeros(m, other.num_rows, dtype=torch.float64, device=device) for other in others
-        ]
-        weight.add_gramian_and_crosses(square, others, crosses)
-        for bias in biases:
-            assert isinstance(bias, OuterBlock)
-            bias.add_gramian(square)
-            for other, cross in zip(others, crosses, strict=True):
-                theirs = other.bias_rows()
-                cross += bias.bias_rows().to(theirs.dtype) @ theirs.T
-        return square, crosses
-    add_blocks(square, mine)
-    if not rights:
-        return square, []
-    left = _block_of([_Factors.of(flat, step, batch, positions, k)], step)
-    left.lend(weight.scratch, keep=False)
-    return square, [left.cross(right) for right in rights]
+    if isinstance(block, LookupBlock):
+        return block
+    assert isinstance(block, OuterBlock)
+    if len(flat):
+        found = _block_of([_Factors.of(flat, step, batch, positions, k)], step)
+    else:
+        inputs, grads = block.factors()
+        inputs = None if inputs is None else inputs.to(dtype)
+        found = OuterBlock(inputs, grads.to(dtype), ones=step.ones)
+    found.lend(block.scratch, keep=False)
+    return found
 
 
 def rounded_up(count: int) -> int:
@@ -185,20 +258,27 @@ def rounded_up(count: int) -> int:
     return -(-count // granule) * granule
 
 
-def _flatten(block: JacobianBlock, dtype: torch.dtype, positions: int) -> Tensor:
-    """A block's factors as one vector."""
+def _flatten(flat: Tensor, block: JacobianBlock, positions: int) -> None:
+    """Fills ``flat`` with a block's factors."""
     if isinstance(block, LookupBlock):
         samples, lines, values = block.entries()
-        missing = positions - len(block)  # filled with zeros for line 0
-        samples, lines = (F.pad(x, (0, missing)) for x in (samples, lines))
-        values = F.pad(values, (0, 0, 0, 0, 0, missing))
         # Whole numbers travel as they are, in the bits of floating-point ones.
-        bits = torch.cat([samples, lines]).to(_integers_like(dtype)).view(dtype)
-        return torch.cat([bits, values.reshape(-1).to(dtype)])
+        numbers = flat[: 2 * positions].view(_integers_like(flat.dtype))
+        # What is missing is filled with zeros for line 0.
+        missing = positions - len(block)
+        pieces = [F.pad(x, (0, missing)) for x in (samples, lines)]
+        numbers.copy_(torch.cat(pieces))
+        rest = flat[2 * positions :].view(positions, -1)
+        rest[: len(block)] = values.flatten(1)
+        rest[len(block) :] = 0
+        return
     assert isinstance(block, OuterBlock)
     inputs, grads = block.factors()
-    pieces = [grads.reshape(-1)] if inputs is None else [inputs.reshape(-1), grads.reshape(-1)]
-    return torch.cat(pieces).to(dtype)
+    split = 0
+    if inputs is not None:
+        split = inputs.numel()
+        flat[:split].view(inputs.shape).copy_(inputs)
+    flat[split:].view(grads.shape).copy_(grads)
 
 
 def _integers_like(dtype: torch.dtype) -> torch.dtype:

@@ -28,7 +28,8 @@ def start_features(
     k: int,
     dtype: torch.dtype,
 ) -> Callable[[], None]:
-    """Sends each rank its share of the features; arguments and result as for ``start_factors``."""
+    """Sends each rank its share of the features; what follows is added to
+    ``total`` [M, M], of which the lower triangle counts. For the rest see ``start_factors``."""
     block, b = mine[0], batches[group.rank]
     if isinstance(block, OuterBlock):
         inputs, grads = block.factors()

@@ -15,9 +15,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from jddist.autogram import Engine
 from jddist.autogram import step as step_module
-from jddist.distribution import data_parallel
+from jddist.distribution import Scheme, data_parallel
 from tests._oracle import jacobian, relative_error
 from tests._ranks import run_ranks
+from tests.distributed._exchanged import only
 from tests.distributed._training import LOSSES, flatten, local_part, make_data, make_network, wrap
 
 BOUND = 1e-12
@@ -174,7 +175,14 @@ def _branch(rank: int, world_size: int) -> dict[str, Any]:
             )
     grads = [p.grad for p in (*model.left.parameters(), *model.right.parameters())]
     assert all(p.grad is None for p in model.spare.parameters())
-    return {"grad": flatten(grads), "combined": count.calls, "x": x}
+    once = flatten(grads)
+    model.zero_grad()
+    for step in range(2):  # each rank reaches the one, then the other
+        with contextlib.nullcontext() if step else ddp.no_sync():
+            losses = ddp(-x if step else x).square().sum(1)
+            engine.backward(losses, lambda g: torch.arange(1.0, len(g) + 1).double())
+    twice = flatten([p.grad for p in (*model.left.parameters(), *model.right.parameters())])
+    return {"grad": once, "both": twice, "combined": count.calls, "x": x}
 
 
 def test_ranks_that_reach_different_parameters() -> None:
@@ -184,9 +192,13 @@ def test_ranks_that_reach_different_parameters() -> None:
     losses = torch.cat([model(rank["x"]).square().sum(1) for rank in found])
     (losses * torch.arange(1.0, 7)).sum().backward()
     expected = flatten([p.grad for p in (*model.left.parameters(), *model.right.parameters())])
+    losses = torch.cat([model(-rank["x"]).square().sum(1) for rank in found])
+    (losses * torch.arange(1.0, 7)).sum().backward()
+    both = flatten([p.grad for p in (*model.left.parameters(), *model.right.parameters())])
     for rank in found:
         assert rank["combined"] == 1
         assert relative_error(rank["grad"], expected) <= BOUND
+        assert relative_error(rank["both"], both) <= BOUND
 
 
 def _different_kinds(rank: int, world_size: int) -> str:
@@ -207,3 +219,31 @@ def test_graphs_of_different_kinds_are_an_error_on_every_rank() -> None:
     for message in run_ranks(_different_kinds, 2):
         assert message.startswith("2: Found graphs of different kinds: that of rank 1")
         assert "retain_graph=True" in message
+
+
+def _biases_alone(rank: int, world_size: int) -> list[Tensor]:
+    """Steps whose graph is kept, on columns that are exchanged as factors and then held as rows."""
+    model = make_network()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    ddp = wrap(model)
+    x, y = (local_part(t, rank, world_size, "uneven") for t in make_data())
+    engine = Engine(ddp, batch_dim=0)
+    grads = []
+    with only(Scheme.FACTORS), _Count() as count:
+        for step in range(STEPS):
+            model.zero_grad()
+            losses = LOSSES["instance"](ddp(x), y)
+            engine.backward(losses, lambda g, s=step: _weights(s, len(g)), retain_graph=True)
+            grads.append(flatten([p.grad for p in model.parameters() if p.ndim == 1]))
+    assert count.calls == STEPS
+    return grads
+
+
+def test_biases_alone_with_the_graph_kept() -> None:
+    model, (x, y) = make_network(), make_data()
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    rows = jacobian(LOSSES["instance"](model(x), y), biases)
+    for grads in run_ranks(_biases_alone, 2):
+        for step, grad in enumerate(grads):
+            assert relative_error(grad, _weights(step, len(x)) @ rows) <= BOUND

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jddist.distribution.triangle import pack_lower, unpack_lower
+from jddist.distribution.triangle import pack_lower, unpack_symmetric
 
 
 @pytest.mark.parametrize("m", range(9))
@@ -14,7 +14,7 @@ def test_every_element_of_the_lower_triangle_travels_once(m: int) -> None:
     packed = pack_lower(matrix)
     assert sorted(packed.tolist()) == sorted(matrix.tril()[matrix.tril() > 0].tolist())
     assert len(packed) == m * (m + 1) // 2
-    assert torch.equal(unpack_lower(packed, m), matrix.tril())
+    assert torch.equal(unpack_symmetric(packed, m), matrix.tril() + matrix.tril(-1).T)
 
 
 def test_what_stands_above_the_diagonal_does_not_count() -> None:
