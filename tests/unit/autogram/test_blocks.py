@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from jddist.autogram.blocks import (
+    ColumnOrder,
     DenseBlock,
     JacobianBlock,
     LookupBlock,
     OuterBlock,
+    Patches,
     Scratch,
     TotalBlock,
+    Window,
     sum_blocks,
 )
+from jddist.autogram.blocks.matmul import _of_onednn
 from tests._oracle import relative_error
 
 B, K, OUT, IN = 3, 2, 5, 4
@@ -135,3 +139,40 @@ def test_products_with_others_while_the_own_are_made(k: int, budget: int, keep: 
         assert relative_error(cross - 1, rows[0] @ theirs.T) <= bound
     weights = torch.randn(5 * k, dtype=torch.float64)
     assert relative_error(mine.combine(weights), rows[0].T @ weights) <= 1e-12
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("batch", [5, 67])
+@pytest.mark.parametrize("channels", [1, 3, 16])
+def test_rows_by_convolutions(channels: int, batch: int, calls: int) -> None:
+    """Held in one tile or in dense ones, they are those by patches in float64."""
+    torch.manual_seed(0)
+    window = Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    fast: list[JacobianBlock] = []
+    plain: list[JacobianBlock] = []
+    for _ in range(calls):
+        images, grads = torch.randn(batch, 1, channels, 6, 7), torch.randn(batch, 1, 42, 37)
+        fast.append(OuterBlock(Patches(images, window, convolves=True), grads))
+        slow = Patches(images.double(), window)
+        order = ColumnOrder((37, 9, channels), (0, 2, 1))
+        plain.append(OuterBlock(slow, grads.double(), order=order))
+    block, rows = sum_blocks(fast), sum_blocks(plain).rows()
+    other = torch.randn(4, 37, channels * 9)
+    others = [OuterBlock(torch.eye(channels * 9).expand(4, -1, -1), other.mT[:, None])]
+    scratch, weights = Scratch(), torch.rand(batch)
+    block.lend(scratch, keep=True)
+    assert isinstance(block, OuterBlock)
+    # 1e-6: sums of up to 84 products in float32, relative to the largest.
+    for _ in range(2):  # before and after rows are held
+        assert relative_error(block.combine(weights), weights.double() @ rows) <= 1e-6
+        assert relative_error(block.gramian(), rows @ rows.T) <= 1e-6
+        assert relative_error(block.rows(), rows) <= 1e-6
+    assert block._kept is not None
+    assert (len(block._kept) > 1) == (batch == 67 and _of_onednn() is not None)
+    total = torch.zeros(batch, batch, dtype=torch.float64)
+    crosses = [torch.zeros(batch, 4, dtype=torch.float64)]
+    block.add_gramian_and_crosses(total, others, crosses)
+    assert relative_error(total.tril(), (rows @ rows.T).tril()) <= 1e-6
+    assert relative_error(crosses[0], rows @ other.flatten(1).double().T) <= 1e-6
+    block.release()
+    assert scratch._held == 0
