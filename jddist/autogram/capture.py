@@ -139,7 +139,8 @@ class _Tap:
         record = _make_record(module, args, kwargs, tensors, rng)
         if self.needs_rng:
             record.changed_buffers = self._buffers != _versions_of_buffers(module)
-            record.parameters = [(p, p._version) for p in module.parameters()]
+            kept = (p for p in module.parameters() if not p.is_inference())
+            record.parameters = [(p, p._version) for p in kept]
         for index, tensor in enumerate(tensors):
             if tensor.grad_fn is None:
                 continue

@@ -10,6 +10,8 @@ Both expect G with a unit diagonal (`unit_diagonal`), which takes badly scaled r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,11 @@ _MAX_ROUNDS = 15
 _CG_TOLERANCE = 1e-5
 _CG_CHECK_EVERY = 3
 _CG_MAX_ITERATIONS = 150
+# How many outer products may make up G, but for its diagonal.
+_LOW_RANK = 16
+
+# L [m, r] and e [m, 1]: G is nearly L Lᵀ + diag(e).
+Split = tuple[Tensor, Tensor]
 
 
 def certificate(gramian: Tensor, lower: Tensor, solution: Tensor) -> Tensor:
@@ -54,6 +61,32 @@ def unit_diagonal(gramian: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = gramian.diagonal().rsqrt()[:, None]
     return scale * gramian * scale.T, scale
+
+
+def split_of(gramian: Tensor, shift: float) -> Split | None:
+    """L and e with G near L Lᵀ + diag(e), if G is nearly of low rank but for its diagonal.
+
+    By a Cholesky decomposition with pivots, of at most 16 columns. What it leaves has a trace, and
+    so eigenvalues, of at most ``shift``: G is between one and two times what is returned.
+
+    Args:
+        gramian: G, of shape [m, m], positive semi-definite without ``shift``.
+        shift: What was added to the diagonal.
+    """
+    rest = gramian.diagonal() - shift
+    factor = gramian[:, :0]
+    if float(rest.sum()) <= shift:
+        return None
+    while float(rest.sum()) > shift:
+        if factor.shape[1] == _LOW_RANK:
+            return None
+        pivot = int(rest.argmax())
+        column = gramian[:, pivot] - factor @ factor[pivot]
+        column[pivot] -= shift
+        column = column / rest[pivot].sqrt()
+        factor = torch.cat([factor, column[:, None]], dim=1)
+        rest = (rest - column.square()).clamp_min(0.0)
+    return factor, torch.full_like(gramian[:, :1], shift)
 
 
 def guess(
@@ -133,7 +166,12 @@ def _rebalance(v: Tensor, z: Tensor, moved: Tensor, dual: Tensor) -> float:
 
 
 def polish(
-    gramian: Tensor, lower: Tensor, free: Tensor, start: Tensor, dtype: torch.dtype
+    gramian: Tensor,
+    lower: Tensor,
+    free: Tensor,
+    start: Tensor,
+    dtype: torch.dtype,
+    split: Split | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Corrects the free coordinates until they are right, and solves for them exactly.
 
@@ -147,6 +185,7 @@ def polish(
         free: Which coordinates are free, as far as known, of shape [m, k].
         start: About where the solutions are, of shape [m, k].
         dtype: The precision of the conjugate gradients.
+        split: What is known of G's structure, which makes them few.
 
     Returns:
         The solutions [m, k], and which of them are exact to rounding [k]. The others are to be
@@ -159,7 +198,7 @@ def polish(
     v = torch.where(free, solution, lower)
     slopes = gramian @ v
     for _ in range(_MAX_ROUNDS):
-        v = v + _solve(narrow, torch.where(free, -slopes, 0.0), free)
+        v = v + _solve(narrow, torch.where(free, -slopes, 0.0), free, split)
         slopes = gramian @ v
         # What rounding leaves in slopes, whose terms are at most |v|: |G_ij| <= 1.
         noise = 8.0 * torch.finfo(v.dtype).eps * v.abs().sum(dim=0)
@@ -179,17 +218,36 @@ def polish(
     return solution, done
 
 
-def _solve(gramian: Tensor, right: Tensor, free: Tensor) -> Tensor:
+def _preconditioner(split: Split, free: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The inverse of L Lᵀ + diag(e) in the free coordinates of each column (Woodbury)."""
+    factor, diagonal = split
+    (m, rank), k = factor.shape, free.shape[1]
+    products = (factor[:, :, None] * factor[:, None, :] / diagonal[:, :, None]).reshape(m, -1)
+    inner = (free.T.to(factor.dtype) @ products).view(k, rank, rank)
+    inner.diagonal(dim1=1, dim2=2).add_(1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner)).to(dtype)
+    scaled, inverted = (factor / diagonal).to(dtype), diagonal.reciprocal().to(dtype)
+    mask = free.to(dtype)
+
+    def apply(x: Tensor) -> Tensor:
+        parts = torch.einsum("krs,sk->rk", inverse, scaled.T @ x)
+        return (x * inverted - scaled @ parts) * mask
+
+    return apply
+
+
+def _solve(gramian: Tensor, right: Tensor, free: Tensor, split: Split | None = None) -> Tensor:
     """Nearly solves G x = right in the free coordinates of each column; x is zero elsewhere."""
     tiny = torch.finfo(gramian.dtype).tiny
     scale = right.abs().amax(dim=0).clamp_min(torch.finfo(right.dtype).tiny)
     mask = free.to(gramian.dtype)
     residual = (right / scale).to(gramian.dtype)
-    direction = residual.clone()
+    precondition = None if split is None else _preconditioner(split, free, gramian.dtype)
+    direction = residual.clone() if precondition is None else precondition(residual)
     x = torch.zeros_like(residual)
     image, product = torch.empty_like(residual), torch.empty_like(residual)
-    square = torch.mul(residual, residual, out=product).sum(dim=0)
-    limit = _CG_TOLERANCE**2 * square
+    limit = _CG_TOLERANCE**2 * torch.mul(residual, residual, out=product).sum(dim=0)
+    square = torch.mul(residual, direction, out=product).sum(dim=0)
     for iteration in range(1, _CG_MAX_ITERATIONS + 1):
         torch.mm(gramian, direction, out=image)
         image *= mask
@@ -197,9 +255,13 @@ def _solve(gramian: Tensor, right: Tensor, free: Tensor) -> Tensor:
         step = square / curvature.clamp_min(tiny)
         x.addcmul_(direction, step.expand_as(x))
         residual.addcmul_(image, step.expand_as(x), value=-1.0)
-        previous, square = square, torch.mul(residual, residual, out=product).sum(dim=0)
-        if iteration % _CG_CHECK_EVERY == 0 and bool((square <= limit).all()):
+        size = torch.mul(residual, residual, out=product).sum(dim=0)
+        if iteration % _CG_CHECK_EVERY == 0 and bool((size <= limit).all()):
             break
+        towards = residual if precondition is None else precondition(residual)
+        previous, square = square, size
+        if precondition is not None:
+            square = torch.mul(residual, towards, out=product).sum(dim=0)
         direction *= square / previous.clamp_min(tiny)
-        direction += residual
+        direction += towards
     return x.to(right) * scale

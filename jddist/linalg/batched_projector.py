@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._complementarity import certificate, guess, polish, unit_diagonal
+from ._complementarity import Split, certificate, guess, polish, split_of, unit_diagonal
 from ._dealing import current_dealer
 from .dual_cone import (
     NOT_FINITE,
@@ -104,6 +104,7 @@ class BatchedProjector(RegularizedProjector):
         open_ = (slopes < 0.0).any(dim=1)
         if open_.any() and torch.linalg.cholesky_ex(gramian).info != 0:
             raise Unsolvable(NOT_POSITIVE_DEFINITE)
+        split = split_of(gramian, self.reg_eps) if open_.any() else None
         start = None
         if self._last is not None and self._last.shape == vectors.shape:
             start = self._last.to(vectors.device)[open_]
@@ -112,7 +113,7 @@ class BatchedProjector(RegularizedProjector):
             if rows.numel() == 0:
                 break
             try:
-                found, certified = _solve_together(gramian, vectors[rows], start, dtype)
+                found, certified = _solve_together(gramian, vectors[rows], start, dtype, split)
             except torch.linalg.LinAlgError:  # by rounding: G is positive definite, if barely
                 start = None
                 continue
@@ -177,13 +178,19 @@ def _is_worthwhile(k: int, m: int) -> bool:
 
 
 def _solve_together(
-    gramian: Tensor, vectors: Tensor, start: Tensor | None, dtype: torch.dtype
+    gramian: Tensor,
+    vectors: Tensor,
+    start: Tensor | None,
+    dtype: torch.dtype,
+    split: Split | None,
 ) -> tuple[Tensor, Tensor]:
     """Solutions [k, m], and which of them are certified [k]."""
     matrix, scale = unit_diagonal(gramian)
     lower = vectors.T / scale
     free, near = guess(matrix, lower, dtype, None if start is None else start.T / scale)
-    solution, done = polish(matrix, lower, free, near, dtype)
+    if split is not None:
+        split = split[0] * scale, split[1] * scale.square()
+    solution, done = polish(matrix, lower, free, near, dtype, split)
     solution = torch.maximum(solution * scale, vectors.T)
     certified = done & (certificate(gramian, vectors.T, solution) <= _CERTIFIED)
     return solution.T, certified

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from jddist.aggregation import DualProj, DualProjWeighting, UPGrad, UPGradWeighting
-from jddist.linalg import AutomaticProjector, BatchedProjector, QuadprogProjector, batched_projector
+from jddist.linalg import (
+    AutomaticProjector,
+    BatchedProjector,
+    QuadprogProjector,
+    _complementarity,
+    batched_projector,
+)
 from jddist.linalg._complementarity import certificate, guess, polish, unit_diagonal
 from jddist.linalg.gramian import normalize, regularize
 from tests.unit.aggregation._matrices import small_matrices
@@ -288,3 +294,21 @@ def test_chosen_by_itself_where_it_pays(method: type, m: int) -> None:
     chosen = {(UPGrad, 60): [60], (UPGrad, 160): [160], (DualProj, 160): [1]}
     assert asked == chosen.get((method, m), [])
     assert projector.fallbacks == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_gramian_of_low_rank_takes_few_iterations(
+    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its regularised eigenvalues spread over orders of magnitude: 150 without knowing the rank."""
+    monkeypatch.setattr(_complementarity, "_CG_MAX_ITERATIONS", 6)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(128, rank, generator=generator, dtype=torch.float64)
+    gramian = (rows.to(dtype) @ rows.to(dtype).T).double()
+    vectors = torch.eye(128, dtype=torch.float64)
+    projector = BatchedProjector()
+    found = projector(vectors, gramian)
+    assert projector.fallbacks == 0
+    expected = QuadprogProjector()(vectors, gramian)
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
