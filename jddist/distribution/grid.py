@@ -143,6 +143,15 @@ class Holding:
             index = index // width
         return place
 
+    def interval(self, rank: int) -> range | None:
+        """The places of a rank's columns among all elements of the tensor, if they have no gaps."""
+        box = self.box(rank)
+        if any(cut != (0, size) for cut, size in zip(box[1:], self._shape[1:], strict=True)):
+            return None
+        first = box[0][0] * prod(self._shape[1:]) if box else 0
+        start, stop = self.share(rank)
+        return range(first + start, first + stop)
+
     def places(self, rank: int) -> Tensor:
         """The places of a rank's columns among all elements of the tensor, ascending."""
         places = torch.zeros((), dtype=torch.int64)
