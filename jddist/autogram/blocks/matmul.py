@@ -72,18 +72,12 @@ def dense_parts(
         columns: How many are added up in all, if both have a part of them only.
     """
     n = left.shape[1]
-    width = part_width(columns or n)
-    count = max(1, round(n / width))
+    count = max(1, round(n / (_PART * sqrt(columns or n))))
     width = -(-n // (64 * count)) * 64  # of one size, which vectors divide
     for start in range(0, n, width):
         part = slice(start, start + width)
         mine = _dense(left[:, part])
         yield mine, mine if left is right else _dense(right[:, part])
-
-
-def part_width(columns: int) -> int:
-    """How many of ``columns`` oneDNN should add up at a time."""
-    return max(1, round(_PART * sqrt(columns)))
 
 
 def _dense(matrix: Tensor) -> Tensor:

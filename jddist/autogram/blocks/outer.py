@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import JacobianBlock, TiledBlock, compute_dtype
 from .cost import materialised_flops, pairwise_flops
-from .matmul import faster_product, part_width, times_transposed
+from .matmul import times_transposed
 from .patches import Patches
 from .products import add_square, bands
 
@@ -77,8 +77,8 @@ class OuterBlock(TiledBlock):
         self.num_rows = self.batch * self.objectives
         self.num_columns = self.out_features * (self.in_features + int(ones))
         self.device = grads.device
-        self._kept: list[Tensor] | None = None  # tiles of lines, [m, lines * in] each
-        self._lent: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._is_lent = False
         self._bias: Tensor | None = None
 
     def factors(self) -> tuple[Tensor | None, Tensor]:
@@ -177,9 +177,8 @@ class OuterBlock(TiledBlock):
     def rows(self) -> Tensor:
         pieces = []
         if self.in_features:
-            if self._kept is not None:
-                weight = self._kept[0] if len(self._kept) == 1 else torch.cat(self._kept, dim=1)
-            else:
+            weight = self._kept
+            if weight is None:
                 shape = (self.batch, self.objectives, self.out_features, self.in_features)
                 weight = torch.empty(shape, dtype=self.dtype, device=self.device)
                 self.add_tile(weight, 0, self.out_features, first=True)
@@ -196,8 +195,7 @@ class OuterBlock(TiledBlock):
         bias = torch.zeros(self.out_features, dtype=self.dtype, device=self.device)
         pieces = []
         if self.in_features and self._kept is not None:
-            found = [tile.T @ weights for tile in self._kept]
-            pieces.append(found[0] if len(found) == 1 else torch.cat(found))
+            pieces.append(self._kept.T @ weights)
         elif self.in_features:
             first = self.batch > 0
             make = torch.empty if first else torch.zeros
@@ -248,9 +246,9 @@ class OuterBlock(TiledBlock):
             first = False
 
     def release(self) -> None:
-        if self._lent is not None:
-            self.scratch.give_back(self._lent)
-        self._kept = self._lent = None
+        if self._kept is not None and self._is_lent:
+            self.scratch.give_back(self._kept)
+        self._kept, self._is_lent = None, False
 
     def forget(self) -> None:
         self.release()
@@ -320,40 +318,16 @@ class OuterBlock(TiledBlock):
             if prod(shape) <= self._factor_elements():
                 whole: Tensor | None = torch.empty(shape, dtype=self.dtype, device=self.device)
             else:
-                whole = self._lent = self.scratch.hold(shape, self.dtype, self.device)
+                whole = self.scratch.hold(shape, self.dtype, self.device)
+                self._is_lent = whole is not None
             if whole is not None:
-                self._kept = self._filled(whole)
+                self.add_tile(whole, 0, self.out_features, first=True)
+                self._kept = whole.view(self.num_rows, -1)
                 self._forget_factors()
         if self._kept is not None:
-            yield from self._kept
+            yield self._kept
         else:
             yield from self._tiles(self.tile_width(self.num_rows) if width is None else width)
-
-    def _filled(self, whole: Tensor) -> list[Tensor]:
-        """The weight's columns of all rows in the memory of ``whole`` [b, k, out, in]: as one
-        tile, or in dense tiles that are multiplied faster, where that takes no more copies."""
-        rows = whole.view(self.num_rows, -1)
-        convolved = [(a, g) for a, g in self._parts if isinstance(a, Patches) and a.convolves]
-        if len(convolved) < len(self._parts) or faster_product(rows, rows) is None:
-            self.add_tile(whole, 0, self.out_features, first=True)
-            return [rows]
-        width = max(1, part_width(rows.shape[1]) // self.in_features)
-        starts = range(0, self.out_features, width)
-        sizes = [
-            self.num_rows * self.in_features * min(width, self.out_features - s) for s in starts
-        ]
-        tiles = [
-            tile.view(self.num_rows, -1, self.in_features) for tile in whole.view(-1).split(sizes)
-        ]
-        first = True
-        for inputs, grads in convolved:
-            for samples, found in inputs.row_tiles(grads[:, 0], whole):
-                for start, tile in zip(starts, tiles, strict=True):
-                    out, lines = tile[samples], found[:, start : start + width]
-                    out.copy_(lines) if first else out.add_(lines)
-                del found  # or those of the next samples lie beside them
-            first = False
-        return [tile.flatten(1) for tile in tiles]
 
     def _factor_elements(self) -> int:
         return sum(

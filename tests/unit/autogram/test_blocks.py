@@ -20,7 +20,6 @@ from jddist.autogram.blocks import (
     Window,
     sum_blocks,
 )
-from jddist.autogram.blocks.matmul import _of_onednn
 from tests._oracle import relative_error
 
 B, K, OUT, IN = 3, 2, 5, 4
@@ -145,7 +144,7 @@ def test_products_with_others_while_the_own_are_made(k: int, budget: int, keep: 
 @pytest.mark.parametrize("batch", [5, 67])
 @pytest.mark.parametrize("channels", [1, 3, 16])
 def test_rows_by_convolutions(channels: int, batch: int, calls: int) -> None:
-    """Held in one tile or in dense ones, they are those by patches in float64."""
+    """They are those by patches in float64, held or not."""
     torch.manual_seed(0)
     window = Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
     fast: list[JacobianBlock] = []
@@ -168,7 +167,6 @@ def test_rows_by_convolutions(channels: int, batch: int, calls: int) -> None:
         assert relative_error(block.gramian(), rows @ rows.T) <= 1e-6
         assert relative_error(block.rows(), rows) <= 1e-6
     assert block._kept is not None
-    assert (len(block._kept) > 1) == (batch == 67 and _of_onednn() is not None)
     total = torch.zeros(batch, batch, dtype=torch.float64)
     crosses = [torch.zeros(batch, 4, dtype=torch.float64)]
     block.add_gramian_and_crosses(total, others, crosses)
