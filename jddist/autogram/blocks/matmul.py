@@ -42,6 +42,13 @@ def times_transposed(
     return total
 
 
+def put_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Overwrites ``target`` [m, p] with ``times_transposed(left, right)``."""
+    found = times_transposed(left, right, lambda: target)
+    if found is not target:
+        target.copy_(found)
+
+
 def faster_product(left: Tensor, right: Tensor) -> Product | None:
     """A function that multiplies ``dense_parts`` of ``left`` and ``right`` faster than torch.mm.
 

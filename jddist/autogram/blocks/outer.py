@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import JacobianBlock, TiledBlock, compute_dtype
 from .cost import materialised_flops, pairwise_flops
-from .matmul import times_transposed
+from .matmul import put_product, times_transposed
 from .patches import Patches
 from .products import add_square, bands
 
@@ -197,12 +197,11 @@ class OuterBlock(TiledBlock):
         if self.in_features and self._kept is not None:
             pieces.append(self._kept.T @ weights)
         elif self.in_features:
-            first = self.batch > 0
-            make = torch.empty if first else torch.zeros
-            weight = make(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
+            weight: Tensor | None = None
             for inputs, grads in self._parts:
-                self._add_combined(weight, bias, inputs, grads, shaped, first=first)
-                first = False
+                weight = self._add_combined(weight, bias, inputs, grads, shaped)
+            if weight is None:
+                weight = bias.new_zeros(self.out_features, self.in_features)
             pieces.append(weight.view(-1))
         if pieces and self._order is not None:
             pieces = [self._order.apply(pieces[0])]
@@ -378,28 +377,24 @@ class OuterBlock(TiledBlock):
 
     def _add_combined(
         self,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor,
         inputs: Tensor | Patches | None,
         grads: Tensor,
         weights: Tensor,
-        *,
-        first: bool,
-    ) -> None:
-        """Adds sum_i w_i J_i of one part to ``weight`` [out, in], and to ``bias`` [out].
-
-        The ``first`` part overwrites ``weight``, whatever stands there.
-        """
+    ) -> Tensor | None:
+        """``weight`` [out, in], None for zero, plus sum_i w_i J_i of one part; the same is added to
+        ``bias`` [out]."""
         if isinstance(inputs, Patches) and inputs.convolves:
             weighted = grads[:, 0] * weights[:, :, None]
-            found = inputs.combined(weighted)
-            weight.copy_(found) if first else weight.add_(found)
             if self.ones:
                 bias += weighted.sum(dim=(0, 1))
-            return
+            summed = inputs.combined(weighted)
+            return summed if weight is None else weight.add_(summed)
         for low, high in self._sample_ranges(inputs, parts=4):  # three more are made of them
             a = self._samples(inputs, low, high).reshape(-1, self.in_features)
             width = max(_NARROW, self.scratch.tile_elements(self.dtype) // (4 * max(1, len(a))))
+            found = weight
             for start in range(0, self.out_features, width):
                 g = grads[low:high, ..., start : start + width].to(self.dtype)
                 if self.objectives == 1:
@@ -407,11 +402,18 @@ class OuterBlock(TiledBlock):
                 else:
                     weighted = torch.einsum("bk,bkto->bto", weights[low:high], g)
                 flat = weighted.reshape(len(a), g.shape[-1])
-                lines = weight[start : start + width]
-                torch.mm(flat.T, a, out=lines) if first else lines.addmm_(flat.T, a)
+                if weight is not None:
+                    weight[start : start + width].addmm_(flat.T, a)
+                elif width >= self.out_features:
+                    found = times_transposed(flat.T, a.T)
+                else:
+                    if found is None:
+                        found = a.new_empty(self.out_features, self.in_features)
+                    put_product(found[start : start + width], flat.T, a.T)
                 if self.ones:
                     bias[start : start + width] += flat.sum(dim=0)
-            first = False
+            weight = found
+        return weight
 
 
 def _bands_of_samples(b1: int, b2: int, limit: int, *, own: bool) -> Iterator[tuple[int, int, int]]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from jddist.autogram.blocks import matmul
-from jddist.autogram.blocks.matmul import times_transposed
+from jddist.autogram.blocks.matmul import put_product, times_transposed
 from jddist.autogram.blocks.products import add_square
 
 
@@ -58,6 +58,9 @@ def test_product_is_the_one_of_float64(left, right, shape, calls) -> None:
         found = times_transposed(a, b, out)
         assert found.dtype == torch.float32 and found.shape == (m, p)
         assert ((found - expected).abs() / scale).max() <= 1e-6
+    target = torch.full((m, p), torch.nan)
+    put_product(target, a, b)
+    assert ((target - expected).abs() / scale).max() <= 1e-6
     assert bool(calls) == (min(m, p) >= 64 and matmul._of_onednn() is not None)
     assert all(sizes[1] <= 900 for sizes in calls)
 
