@@ -12,8 +12,11 @@ from torch import Tensor
 # Of dense [m, n] and [p, n], or of transposed dense ones: [m, p].
 Product = Callable[[Tensor, Tensor], Tensor]
 
-# Multiplications below which the calls themselves are what costs.
-_SMALL = 1 << 20
+# Multiplications below which oneDNN is not worth the 5 to 20 MiB that its kernels and its copies of
+# the factors take: much beside a model of few layers, whose step would be a tenth faster.
+SMALL = 1 << 31
+# The same for squares of rows, which take more memory than that themselves.
+SMALL_SQUARE = 1 << 20
 # Results of fewer lines than that do not make up for the copies.
 _NARROW = 64
 # oneDNN adds up without breaks: its error is that of summands * sqrt(summands). Parts of that many
@@ -49,15 +52,20 @@ def put_product(target: Tensor, left: Tensor, right: Tensor) -> None:
         target.copy_(found)
 
 
-def faster_product(left: Tensor, right: Tensor) -> Product | None:
+def faster_product(left: Tensor, right: Tensor, least: int = SMALL) -> Product | None:
     """A function that multiplies ``dense_parts`` of ``left`` and ``right`` faster than torch.mm.
 
     ``torch.mm`` calls MKL, which uses half of the vector width of other makers' processors. oneDNN
     uses all of it, and is as fast as MKL elsewhere.
+
+    Args:
+        left: [m, n].
+        right: [p, n].
+        least: Below how many multiplications it is not used.
     """
     (m, n), p = left.shape, right.shape[0]
     suits = (
-        m * n * p >= _SMALL
+        m * n * p >= least
         and min(m, p) >= _NARROW
         and left.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .matmul import dense_parts, faster_product
+from .matmul import SMALL_SQUARE, dense_parts, faster_product
 
 # Bands of fewer lines in all cost the faster product more than the upper triangle does.
 _NARROW = 128
@@ -31,7 +31,7 @@ def add_square(total: Tensor, rows: Tensor, columns: int | None = None) -> None:
         rows: [m, n].
         columns: How many columns are added up in all, if n is only a part of them.
     """
-    product = faster_product(rows, rows)
+    product = faster_product(rows, rows, SMALL_SQUARE)
     if product is None:
         for start, stop in bands(len(rows)):
             total[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
