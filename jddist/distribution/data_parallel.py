@@ -131,6 +131,26 @@ class DataParallel(Distribution):
                 "backward=lambda losses, weights: self.manual_backward(losses, gradient=weights)."
             )
 
+    def check_reduced(self) -> None:
+        """Refuses a backward after which DDP still waits for the gradients of some parameters. It
+        would say so at the next forward, when the optimizer has taken what was not averaged.
+
+        Raises:
+            UnsupportedModelError: The objectives do not depend on them.
+        """
+        for wrapper in self.wrappers:
+            try:
+                wrapper._check_reducer_finalized()
+            except RuntimeError as error:
+                raise UnsupportedModelError(
+                    "Found parameters in a DistributedDataParallel on which the objectives do not "
+                    "depend, so that gradients were not averaged over the ranks; expected a "
+                    "backward that reaches all that the forward does. Pass "
+                    "find_unused_parameters=True and static_graph=False to "
+                    "DistributedDataParallel, freeze the parameters, or pass all objectives of one "
+                    f"forward to one backward. ({error})"
+                ) from error
+
     def backward_factor(self, placement: Placement) -> float:
         """Refuses a communication hook after which there is no mean over ranks to undo.
 
