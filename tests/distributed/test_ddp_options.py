@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -299,6 +300,60 @@ def test_outputs_without_objectives_are_exact_or_refused() -> None:
             else:
                 assert refused is not None and "find_unused_parameters=True" in refused
                 assert len(grads) == (option == "static"), (option, way)
+
+
+def _penalized(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    losses = LOSSES["instance"](model(x), y)
+    (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+    return losses + gradient.square().sum(dim=1)
+
+
+def _gradient_penalty(rank: int, world_size: int) -> dict[str, list[Tensor | str]]:
+    warnings.filterwarnings("ignore", message="The parameters")  # read by the inner backward too
+    found: dict[str, list[Tensor | str]] = {}
+    x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+    given = _head_weights()
+    cases = {
+        "plain": ({}, lambda gramian: given),
+        "static": ({"static_graph": True}, lambda gramian: given),
+        "static, weights": ({"static_graph": True}, given),
+        "static, begun": ({"static_graph": True}, lambda gramian: given),
+    }
+    for name, (options, weighting) in cases.items():
+        model = make_network()
+        ddp = wrap(model, **options)
+        engine = Engine(ddp, batch_dim=0)
+        if name == "static, begun":  # Without the inner differentiation, and with it afterwards.
+            LOSSES["instance"](ddp(x), y).mean().backward()
+        found[name] = []
+        for _ in range(2):
+            model.zero_grad()
+            try:
+                if name == "static, begun":
+                    engine.backward(LOSSES["instance"](ddp(x), y), weighting)
+                else:
+                    engine.backward(_penalized(ddp, x, y), weighting)
+            except UnsupportedModelError as error:
+                found[name].append(str(error))
+                break
+            found[name].append(flatten([p.grad for p in model.parameters()]))
+    return found
+
+
+def test_a_gradient_penalty_is_exact_or_refused() -> None:
+    """A static graph takes the inner differentiation for its first backward, and never reduces."""
+    model, (x, y) = make_network(), make_data()
+    penalized = _head_weights() @ jacobian(_penalized(model, x, y), list(model.parameters()))
+    rows = jacobian(LOSSES["instance"](model(x), y), list(model.parameters()))
+    for found in run_ranks(_gradient_penalty, 2):
+        for name, expected in (("plain", penalized), ("static, begun", _head_weights() @ rows)):
+            assert len(found[name]) == 2
+            for grad in found[name]:
+                assert relative_error(grad, expected) <= BOUND, name
+        for name in ("static", "static, weights"):
+            (message,) = found[name]
+            assert isinstance(message, str) and "static_graph=False" in message
 
 
 def _empty_losses_of_a_dummy_sample(rank: int, world_size: int) -> Tensor:
