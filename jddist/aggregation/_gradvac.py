@@ -174,6 +174,10 @@ class GradVac(GramianWeightedAggregator, Stateful):
     the sum of the turned rows. One instance serves one group of parameters, since it remembers the
     targets.
 
+    Rows of low rank may lose nearly all of their length as they are turned. Explicit rows, from a
+    factor of G in float64, keep their directions; torchjd takes lengths from the Gramian, and can
+    remember cosines far beyond 1. A row of which only rounding is left has the cosine 0 with all.
+
     Args:
         beta: Share of the new similarities in the moving average (between 0 and 1).
         eps: Added to denominators (>= 0).
