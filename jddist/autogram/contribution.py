@@ -210,6 +210,7 @@ class Contributor:
                 "Found an output that does not require a gradient; expected objectives with a "
                 "graph. A rank without samples passes losses[:0] of any dummy sample."
             )
+        self.distribution.check_output(output)
 
     def rows_of_count(self, count: Count | None, layout: OutputLayout) -> list[float] | None:
         counts = checked_count(count, layout.num_rows, self.placement)

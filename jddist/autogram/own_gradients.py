@@ -74,8 +74,9 @@ class OwnHook:
     def __init__(self, name: str, note: Note) -> None:
         self._name, self._note = name, note
 
-    def __call__(self, gradient: Tensor) -> None:
-        self._note(self._name, gradient)
+    def __call__(self, gradient: Tensor | None) -> None:
+        if gradient is not None:  # None: a custom backward on the way here found nothing.
+            self._note(self._name, gradient)
 
 
 class Noting(Sequence[Tensor | None]):

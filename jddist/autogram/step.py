@@ -152,6 +152,7 @@ class Step:
         if backward is not None:
             with self.watched():
                 backward(output, local)
+            distribution.check_reduced()
         elif agreed.layout.rows_finite is not None and agreed.books is Books.ROWS:
             # The rows are the global ones, of which this rank has the columns of its gradients.
             of_rows = agreed.layout.whole.rows_of(weights.detach())
@@ -160,6 +161,7 @@ class Step:
             distribution.check_takes_backward()
             with kept, self.watched():
                 distribution.weighted_backward(output, local, retain_graph=retain_graph)
+            distribution.check_reduced()
             distribution.place_gradients([e.parameter for e in entries])
         else:
             gradients: Sequence[Tensor | None]

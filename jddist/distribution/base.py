@@ -172,6 +172,14 @@ class Distribution:
         """Raises an error where the wrapper would not notice a backward from here."""
         return None
 
+    def check_output(self, output: Tensor) -> None:
+        """Raises an error if the wrapper will not reduce the gradients of these objectives."""
+        return None
+
+    def check_reduced(self) -> None:
+        """Raises an error if a backward left the wrapper's reduction unfinished."""
+        return None
+
     def takes_gradients(self, parameters: Collection[Parameter]) -> bool:
         """Whether ``write_gradients`` does for ``parameters`` what a backward would have done.
 

@@ -44,6 +44,10 @@ class DataParallel(Distribution):
             )
         super().__init__(Group(wrappers[0].process_group), objectives)
         self._wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
+        # Of wrappers with a static graph: whether their first backward was before a first pass, and
+        # which of them are known to have had one that reduced.
+        self._delayed: dict[DistributedDataParallel, bool] = {}
+        self._started: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         for wrapper in wrappers:
             self.register(wrapper.module)
 
@@ -131,6 +135,49 @@ class DataParallel(Distribution):
                 "backward=lambda losses, weights: self.manual_backward(losses, gradient=weights)."
             )
 
+    def check_output(self, output: Tensor) -> None:
+        """Refuses a static graph that has gone through a differentiation within the objectives. DDP
+        takes it for its first backward, in which no parameter got a gradient, and never averages.
+
+        Raises:
+            UnsupportedModelError: It has.
+        """
+        for wrapper in self.wrappers:
+            if not wrapper.static_graph or wrapper in self._started:
+                continue
+            if not self._delayed.get(wrapper, getattr(wrapper, _DELAYED, False)):
+                continue  # This is before the first backward.
+            if any(parameter.grad is not None for parameter in wrapper.parameters()):
+                continue  # The backward before this one may have been an ordinary one.
+            if _begins_static_graph(output, wrapper):
+                raise UnsupportedModelError(
+                    "Found objectives that differentiate the outputs of a "
+                    "DistributedDataParallel(static_graph=True), as a gradient penalty does; "
+                    "expected none, since DDP would take that for its first backward and never "
+                    "average gradients. Use static_graph=False."
+                )
+            self._started.add(wrapper)
+
+    def check_reduced(self) -> None:
+        """Refuses a backward after which DDP still waits for the gradients of some parameters. It
+        would say so at the next forward, when the optimizer has taken what was not averaged.
+
+        Raises:
+            UnsupportedModelError: The objectives do not depend on them.
+        """
+        for wrapper in self.wrappers:
+            try:
+                wrapper._check_reducer_finalized()
+            except RuntimeError as error:
+                raise UnsupportedModelError(
+                    "Found parameters in a DistributedDataParallel on which the objectives do not "
+                    "depend, so that gradients were not averaged over the ranks; expected a "
+                    "backward that reaches all that the forward does. Pass "
+                    "find_unused_parameters=True and static_graph=False to "
+                    "DistributedDataParallel, freeze the parameters, or pass all objectives of one "
+                    f"forward to one backward. ({error})"
+                ) from error
+
     def backward_factor(self, placement: Placement) -> float:
         """Refuses a communication hook after which there is no mean over ranks to undo.
 
@@ -161,12 +208,30 @@ class DataParallel(Distribution):
                 )
         before = [getattr(wrapper, _DELAYED) for wrapper in static]
         try:
+            self._delayed = dict(zip(static, before, strict=True))
             for wrapper in static:
                 setattr(wrapper, _DELAYED, True)
             yield
         finally:
+            self._delayed = {}
             for wrapper, value in zip(static, before, strict=True):
                 setattr(wrapper, _DELAYED, value)
+
+
+def _begins_static_graph(output: Tensor, wrapper: DistributedDataParallel) -> bool:
+    """Whether the forward was before the wrapper's first backward: then DDP put a node of its own
+    behind its outputs."""
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        owner = getattr(node, "ddp_weakref", None)
+        if owner is not None and owner() is wrapper:
+            return True
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _is_ordinary(wrapper: DistributedDataParallel) -> bool:

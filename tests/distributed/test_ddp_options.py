@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from jddist import attach, verify
 from jddist.aggregation import UPGrad, UPGradWeighting
 from jddist.autogram import Engine
 from jddist.autojac import backward
+from jddist.errors import UnsupportedModelError
 from tests._oracle import gramian as gramian_of
 from tests._oracle import jacobian, relative_error, weighted_gradient
 from tests._ranks import run_ranks
@@ -211,6 +213,147 @@ def test_engine_on_the_inner_modules_of_an_attached_wrapper_and_verify() -> None
         for errors in (found["errors"], found["tasks"]):
             assert set(errors) == {"first", "norm", "twice", "last"}
             assert all(error <= BOUND for error in errors.values())
+
+
+class TwoHeads(nn.Module):
+    """The losses use the first output alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(5, 6)
+        self.heads = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [head(torch.tanh(self.trunk(x))) for head in self.heads]
+
+
+HEAD_OPTIONS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "static": {"static_graph": True},
+    "unused": {"find_unused_parameters": True},
+}
+HEAD_STEPS = 3
+
+
+def _head_weights() -> Tensor:
+    return torch.linspace(0.5, 2.0, len(make_data()[0]), dtype=torch.float64)
+
+
+def _unused_output(rank: int, world_size: int) -> dict[tuple[str, str], list[Tensor | str]]:
+    found: dict[tuple[str, str], list[Tensor | str]] = {}
+    x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+    given = _head_weights()
+    for option, options in HEAD_OPTIONS.items():
+        for way in ("backward", "weights", "callable", "by hand"):
+            torch.manual_seed(0)
+            model = TwoHeads().double()
+            ddp = wrap(model, **options)
+            engine = Engine(ddp, batch_dim=0)
+            steps = found.setdefault((option, way), [])
+            for _ in range(HEAD_STEPS):
+                model.zero_grad()
+                try:
+                    losses = LOSSES["instance"](ddp(x)[0], y)
+                    if way == "callable":
+                        engine.backward(losses, lambda gramian: given)
+                    elif way == "weights":
+                        engine.backward(losses, given)
+                    elif way == "backward":
+                        engine.backward(
+                            losses, given, backward=lambda losses, weights: losses.backward(weights)
+                        )
+                    else:
+                        engine.compute_gramian(losses)
+                        losses.backward(engine.local_weights(given))
+                except RuntimeError:
+                    steps.append("DDP's own")
+                    break
+                except UnsupportedModelError as error:
+                    steps.append(str(error))
+                    break
+                grads = [
+                    torch.zeros_like(p) if p.grad is None else p.grad for p in ddp.parameters()
+                ]
+                steps.append(flatten(grads))
+    return found
+
+
+def test_outputs_without_objectives_are_exact_or_refused() -> None:
+    """DDP waits for the gradients of what the forward reached; with a static graph, from the second
+    step on. What it did not average must not pass for a gradient."""
+    torch.manual_seed(0)
+    model, (x, y) = TwoHeads().double(), make_data()
+    rows = jacobian(LOSSES["instance"](model(x)[0], y), list(model.parameters()))
+    expected = _head_weights() @ rows
+    for found in run_ranks(_unused_output, 2):
+        for (option, way), steps in found.items():
+            refused = steps[-1] if isinstance(steps[-1], str) else None
+            grads = [step for step in steps if isinstance(step, Tensor)]
+            if way == "by hand" and option != "unused":
+                # The caller's own backward, as DDP does it: one step passes, the next forward not.
+                assert refused == "DDP's own" and len(grads) == 1 + (option == "static")
+                continue
+            for grad in grads:
+                assert relative_error(grad, expected) <= BOUND, (option, way)
+            if option == "unused" or (option, way) == ("plain", "callable"):
+                assert refused is None and len(grads) == HEAD_STEPS
+            else:
+                assert refused is not None and "find_unused_parameters=True" in refused
+                assert len(grads) == (option == "static"), (option, way)
+
+
+def _penalized(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    losses = LOSSES["instance"](model(x), y)
+    (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+    return losses + gradient.square().sum(dim=1)
+
+
+def _gradient_penalty(rank: int, world_size: int) -> dict[str, list[Tensor | str]]:
+    warnings.filterwarnings("ignore", message="The parameters")  # read by the inner backward too
+    found: dict[str, list[Tensor | str]] = {}
+    x, y = (local_part(t, rank, world_size, "even") for t in make_data())
+    given = _head_weights()
+    cases = {
+        "plain": ({}, lambda gramian: given),
+        "static": ({"static_graph": True}, lambda gramian: given),
+        "static, weights": ({"static_graph": True}, given),
+        "static, begun": ({"static_graph": True}, lambda gramian: given),
+    }
+    for name, (options, weighting) in cases.items():
+        model = make_network()
+        ddp = wrap(model, **options)
+        engine = Engine(ddp, batch_dim=0)
+        if name == "static, begun":  # Without the inner differentiation, and with it afterwards.
+            LOSSES["instance"](ddp(x), y).mean().backward()
+        found[name] = []
+        for _ in range(2):
+            model.zero_grad()
+            try:
+                if name == "static, begun":
+                    engine.backward(LOSSES["instance"](ddp(x), y), weighting)
+                else:
+                    engine.backward(_penalized(ddp, x, y), weighting)
+            except UnsupportedModelError as error:
+                found[name].append(str(error))
+                break
+            found[name].append(flatten([p.grad for p in model.parameters()]))
+    return found
+
+
+def test_a_gradient_penalty_is_exact_or_refused() -> None:
+    """A static graph takes the inner differentiation for its first backward, and never reduces."""
+    model, (x, y) = make_network(), make_data()
+    penalized = _head_weights() @ jacobian(_penalized(model, x, y), list(model.parameters()))
+    rows = jacobian(LOSSES["instance"](model(x), y), list(model.parameters()))
+    for found in run_ranks(_gradient_penalty, 2):
+        for name, expected in (("plain", penalized), ("static, begun", _head_weights() @ rows)):
+            assert len(found[name]) == 2
+            for grad in found[name]:
+                assert relative_error(grad, expected) <= BOUND, name
+        for name in ("static", "static, weights"):
+            (message,) = found[name]
+            assert isinstance(message, str) and "static_graph=False" in message
 
 
 def _empty_losses_of_a_dummy_sample(rank: int, world_size: int) -> Tensor:

@@ -147,8 +147,9 @@ METHODS = [
         "GradVac",
         (1e-12, 1e-6),
         ROUNDING,
-        # From the second call on it is ill-posed there, see test_gradvac_is_ill_posed_on_low_rank.
-        calls=lambda kind: 1 if kind.startswith("rank") else 3,
+        # torchjd's is 5e-9 off after one call on rank 1, and after two on rank 2 by any factor: see
+        # test_by_vectors.py, where ours is compared with the paper's algorithm instead.
+        calls=lambda kind: {"rank 1": 0, "rank 2": 1}.get(kind, 3),
         of_matrix=True,
         n_permutations=0,
     ),

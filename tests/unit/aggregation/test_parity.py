@@ -158,11 +158,11 @@ def test_hyperparameters() -> None:
 
 
 @pytest.mark.parametrize("kind", ["rank 1", "rank 2"])
-def test_gradvac_is_ill_posed_on_low_rank(kind: str) -> None:
-    """Why parity stops after one call there: the order of the columns changes torchjd's result.
+def test_torchjds_gradvac_depends_on_rounding_on_low_rank(kind: str) -> None:
+    """Why parity stops there: the order of the columns changes torchjd's result.
 
-    A turned row falls into the line of another one: cosines reach +-1, where the sine and the
-    comparison with the target are rounding noise.
+    A turned row loses its length, or falls into the line of another one: of its square, taken from
+    the Gramian, and of the sine, taken from the cosine, rounding is all that is left.
     """
     disagreement = 0.0
     for seed in range(40):

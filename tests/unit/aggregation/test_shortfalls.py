@@ -99,6 +99,20 @@ def test_cagrad_is_optimal_where_torchjd_is_nearly_so() -> None:
     assert worst > 1e-6
 
 
+def test_cagrad_of_opposite_rows_is_the_same_in_float32() -> None:
+    """They may be Pareto stationary, g = 0, which the roots of torchjd's float32 Gramian hide."""
+    zeros, worst = 0, 0.0
+    for seed in range(16):
+        matrix = make_matrix("random", 5, seed, n=8)
+        matrix[1] = -matrix[0]
+        mine, theirs = (lib.CAGrad(0.5)(matrix) for lib in (ours, peer))
+        assert_close(mine, theirs, rtol=0.0, atol=1e-4)
+        assert_close(ours.CAGrad(0.5)(matrix.float()).double(), mine, rtol=0.0, atol=1e-4)
+        zeros += int(not mine.any())
+        worst = max(worst, float((peer.CAGrad(0.5)(matrix.float()) - theirs).norm()))
+    assert zeros > 0 and worst > 0.1
+
+
 def test_cagrad_with_radius_0_is_the_mean() -> None:
     matrix = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     assert (peer.CAGrad(0.0)(matrix) == 0.0).all()
