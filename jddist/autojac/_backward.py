@@ -9,12 +9,14 @@ from torch.nn.parameter import Parameter
 
 from jddist.aggregation import Aggregator
 from jddist.distribution.base import Distribution
+from jddist.distribution.counts import Count
 from jddist.distribution.lockstep import as_plain, check_plain
 from jddist.distribution.sharded import ShardedColumns
 
 from ._accumulate import add_jacs, check_expects_gradients, free_jacs, jac_of
 from ._arguments import as_cotangents, as_tensors
 from ._context import default_inputs, involved_distribution, stated_objectives
+from ._counted import counted_rows, counts_of, number_of_rows
 from ._differentiate import check_chunk_size, vjp_rows
 from ._jac_to_grad import aggregate_groups
 from ._on_shards import check_parameters, rows_of_elements
@@ -29,13 +31,15 @@ def backward(
     inputs: Iterable[Tensor] | None = None,
     retain_graph: bool = False,
     parallel_chunk_size: int | None = None,
+    count: Count | None = None,
     distribution: Distribution | None = None,
 ) -> None:
     """Adds the Jacobian of all elements of ``tensors`` to the ``.jac`` of the inputs.
 
     Over several ranks ``.jac`` holds this rank's rows (or its estimate of the rows), without any
-    communication; ``jac_to_grad`` communicates. Of parameters in ``fully_shard`` it holds this
-    rank's columns of all rows: every row is a backward pass of its own, of all ranks together.
+    communication but that of ``count``; ``jac_to_grad`` communicates. Of parameters in
+    ``fully_shard`` it holds this rank's columns of all rows: every row is a backward pass of its
+    own, of all ranks together.
 
     Args:
         tensors: What to differentiate; every element is one row.
@@ -48,6 +52,10 @@ def backward(
         parallel_chunk_size: How many rows to differentiate in parallel: None for all, 1 for one
             after the other, without vmap. (A tensor inside the graph that retains its gradient
             gets an unusable ``.grad`` from vmap.)
+        count: On several ranks with ``objectives=Partial("avg")``, the number of samples behind
+            this rank's estimates: an int, or one for each row. The global objectives are then the
+            means over all samples, for which the ranks exchange their counts; without it they are
+            the means over ranks.
         distribution: ``Local()`` if every rank is meant to work alone.
 
     Raises:
@@ -60,12 +68,14 @@ def backward(
     placement = stated_objectives(distribution)
     if isinstance(distribution, ShardedColumns):
         _backward_on_shards(
-            tensors, aggregator, jac_tensors, inputs, retain_graph, parallel_chunk_size,
+            tensors, aggregator, jac_tensors, inputs, retain_graph, parallel_chunk_size, count,
             distribution,
         )  # fmt: skip
         return
     error: Exception | None = None
     found: list[Tensor] = []
+    rows: list[Tensor] = []
+    counts: list[float] | None = None
     before: list[Tensor | None] = []
     with distribution.first_pass():  # every rank has to enter, whatever it runs into inside
         try:
@@ -78,6 +88,7 @@ def backward(
             check_chunk_size(parallel_chunk_size)
             check_expects_gradients(found, ".jac")
             cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
+            counts = counts_of(count, number_of_rows(outputs, cotangents), distribution)
             rows = vjp_rows(
                 outputs,
                 found,
@@ -85,13 +96,22 @@ def backward(
                 retain_graph=retain_graph,
                 chunk_size=parallel_chunk_size,
             )
+        except Exception as failure:
+            # With one of these the other ranks wait for this one, and have to hear of it.
+            waited_for = aggregator is not None or count is not None
+            if not waited_for or distribution.group.size == 1:
+                raise
+            error = failure
+    if count is not None:
+        rows = counted_rows("backward", rows, counts, distribution, error)
+    if error is None:
+        try:
             if aggregator is not None:
                 before = [None if (jac := jac_of(t)) is None else jac.clone() for t in found]
             add_jacs(found, rows)
             for tensor in found:
                 distribution.row_placements[tensor] = placement
         except Exception as failure:
-            # With an aggregator the other ranks wait for this one, and have to hear of it.
             if aggregator is None or distribution.group.size == 1:
                 raise
             error = failure
@@ -114,6 +134,7 @@ def _backward_on_shards(
     inputs: Iterable[Tensor] | None,
     retain_graph: bool,
     chunk_size: int | None,
+    count: Count | None,
     distribution: ShardedColumns,
 ) -> None:
     placement = stated_objectives(distribution)
@@ -121,6 +142,7 @@ def _backward_on_shards(
     outputs: list[Tensor] = []
     parameters: list[Parameter] = []
     cotangents: list[Tensor] | None = None
+    counts: list[float] | None = None
     try:
         outputs = [check_plain(as_plain(t)) for t in as_tensors(tensors, "tensors")]
         check_chunk_size(chunk_size)
@@ -128,6 +150,7 @@ def _backward_on_shards(
         parameters = check_parameters(given, distribution)
         check_expects_gradients(parameters, ".jac")
         cotangents = as_cotangents(outputs, jac_tensors, "jac_tensors", "tensors")
+        counts = counts_of(count, number_of_rows(outputs, cotangents), distribution)
     except Exception as failure:  # raised again on every rank, by the handshake
         error = failure
     rows = rows_of_elements(
@@ -137,6 +160,7 @@ def _backward_on_shards(
         cotangents,
         placement,
         distribution,
+        counts=counts,
         retain_graph=retain_graph,
         error=error,
     )

@@ -17,8 +17,11 @@ from torch.distributed.tensor import Placement
 from torch.nn.parameter import Parameter
 
 from jddist.distribution.base import is_sharded
+from jddist.distribution.counts import shares_of_samples
 from jddist.distribution.row_passes import RowPass
 from jddist.distribution.sharded import ShardedColumns
+
+from ._counted import number_of_rows
 
 
 def check_parameters(tensors: Iterable[Tensor], distribution: ShardedColumns) -> list[Parameter]:
@@ -54,6 +57,7 @@ def rows_of_elements(
     placement: Placement,
     distribution: ShardedColumns,
     *,
+    counts: list[float] | None,
     retain_graph: bool,
     error: Exception | None,
 ) -> dict[Parameter, Tensor]:
@@ -68,6 +72,7 @@ def rows_of_elements(
         cotangents: For each output [m, *output.shape]; None for the identity.
         placement: Where the rows live before they are reduced.
         distribution: The ranks.
+        counts: The number of samples behind each of this rank's estimates of rows, if it is given.
         retain_graph: Whether to keep the graph.
         error: What this rank already ran into, for the others to hear.
     """
@@ -77,21 +82,30 @@ def rows_of_elements(
         if error is not None:
             raise error
         distribution.check_takes_passes()
-        m = sum(o.numel() for o in outputs) if cotangents is None else len(cotangents[0])
+        m = number_of_rows(outputs, cotangents)
         agree = {
             "parameters": described(parameters, distribution),
             "reshard": distribution.reshard,
+            "whether count is given": counts is not None,
         }
         if not is_sharded(placement):
             agree["number of rows"] = m
-        info = {"rows": m}
+        info = {"rows": m, "count": counts}
     except Exception as failure:  # raised again on every rank, by the handshake
         error = failure
     infos = distribution.by_objectives(distribution.handshake(call, agree, info, error))
     distribution.check_same_objectives(outputs)
     factor = distribution.backward_factor(placement)
     nothing = [torch.zeros_like(o) for o in outputs]
-    mine = [RowPass(outputs, start, factor, parameters) for start in _starts(outputs, cotangents)]
+    starts = _starts(outputs, cotangents)
+    shares = [1.0] * len(starts)
+    if not is_sharded(placement):
+        of_ranks = shares_of_samples([i["count"] for i in infos], len(starts))
+        shares = of_ranks[distribution.group.rank]
+    mine = [
+        RowPass(outputs, start, share * factor, parameters)
+        for start, share in zip(starts, shares, strict=True)
+    ]
     passes = mine
     if is_sharded(placement):
         passes = []
@@ -135,9 +149,7 @@ def task_rows(
     return jacs, {p: r for p, r in rows.items() if p not in jacs}, flags
 
 
-def _starts(
-    outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None
-) -> Iterable[list[Tensor]]:
+def _starts(outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None) -> list[list[Tensor]]:
     if cotangents is not None:
         return [[c[i] for c in cotangents] for i in range(len(cotangents[0]))]
     starts = []
