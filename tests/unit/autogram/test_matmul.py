@@ -113,3 +113,13 @@ def test_a_build_with_another_function_of_that_name_is_not_relied_on(monkeypatch
     assert found is None
     monkeypatch.setattr(matmul, "_of_onednn", lambda: found)
     assert torch.equal(times_transposed(a, b), a @ b.T)
+
+
+def test_defaults_do_not_matter() -> None:
+    usual = matmul._of_onednn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = matmul._of_onednn.__wrapped__()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (found is None) == (usual is None)
