@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Shard
 
+from jddist._autocast import without_autocast
 from jddist._observing import Observers
 from jddist.distribution.base import Distribution, Reshard, check_placement, check_reshard
 from jddist.distribution.counts import Count
@@ -148,6 +149,7 @@ class Engine:
         """The parameters that count, in the order in which the ranks agree."""
         return self._contributor.table
 
+    @without_autocast()
     def compute_gramian(self, output: Tensor, /, *, count: Count | None = None) -> Tensor:
         """The generalized Gramian of all ranks' objectives, the same on every rank.
 
@@ -192,6 +194,7 @@ class Engine:
     def _taken(self) -> explanation.Taken | None:
         return self._step.taken
 
+    @without_autocast()
     def cross_gramian(
         self,
         first: Tensor,
@@ -221,6 +224,7 @@ class Engine:
         self._step.agreed = None  # the weights belong to a step that is to come
         return values
 
+    @without_autocast()
     def compute_weights(self, gramian: Tensor, weighting: Weigher) -> Tensor:
         """Weights of all objectives: one run of ``weighting`` on rank 0, the same on every rank.
 
@@ -265,6 +269,7 @@ class Engine:
         self._step.watch()
         return on_mesh(local, self._mesh)
 
+    @without_autocast()
     def backward(
         self,
         output: Tensor,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from jddist._autocast import without_autocast
 from jddist.distribution import stalls
 from jddist.distribution.base import is_average
 from jddist.distribution.counts import Count
@@ -196,6 +197,7 @@ class Joining:
         distribution = self.agreement.contributor.distribution
         return isinstance(distribution, FullyShard) and not distribution.lockstep.active
 
+    @without_autocast()
     def _finish(self, accumulation: Accumulation, error: Exception | None) -> None:
         """The step of all accumulated batches; what failed before fails on every rank."""
         contributor = self.agreement.contributor

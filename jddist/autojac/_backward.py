@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from jddist._autocast import without_autocast
 from jddist.aggregation import Aggregator
 from jddist.distribution.base import Distribution
 from jddist.distribution.counts import Count
@@ -22,6 +23,7 @@ from ._jac_to_grad import aggregate_groups
 from ._on_shards import check_parameters, rows_of_elements
 
 
+@without_autocast()
 def backward(
     tensors: Sequence[Tensor] | Tensor,
     aggregator: Aggregator | None = None,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.overrides import is_tensor_like
 
+from jddist._autocast import without_autocast
 from jddist.distribution.base import Distribution
 from jddist.distribution.counts import Count
 from jddist.distribution.lockstep import as_plain, check_plain
@@ -22,6 +23,7 @@ from ._differentiate import check_chunk_size, vjp_rows
 from ._on_shards import check_parameters, rows_of_elements
 
 
+@without_autocast()
 def jac(
     outputs: Sequence[Tensor] | Tensor,
     inputs: Sequence[Tensor] | Tensor,

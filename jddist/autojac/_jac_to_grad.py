@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from jddist._autocast import without_autocast
 from jddist._observing import Observers, Weighed, observers_of
 from jddist._stateful import Stateful
 from jddist.aggregation import Aggregator, GramianWeightedAggregator
@@ -33,6 +34,7 @@ from ._observed import record_of, seen_gramian, weighed
 from ._over_ranks import aggregate_over_ranks
 
 
+@without_autocast()
 def jac_to_grad(
     tensors: Iterable[Tensor],
     /,
@@ -77,6 +79,7 @@ def jac_to_grad(
     )[0]
 
 
+@without_autocast()
 def jac_to_grad_groups(
     groups: Sequence[Iterable[Tensor]],
     aggregators: Sequence[Aggregator],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Placement
 
+from jddist._autocast import without_autocast
 from jddist.distribution.base import Distribution, is_average
 from jddist.distribution.counts import Count, checked_count, shares_of_samples
 from jddist.distribution.exchange import scale_rows
@@ -40,6 +41,7 @@ class TaskGradients:
     finite: list[bool]
 
 
+@without_autocast()
 def mtl_backward(
     tensors: Sequence[Tensor],
     /,
