@@ -25,7 +25,10 @@ _PART = 12.0
 
 
 def times_transposed(
-    left: Tensor, right: Tensor, out: Callable[[], Tensor] | None = None
+    left: Tensor,
+    right: Tensor,
+    out: Callable[[], Tensor] | None = None,
+    least: int | None = None,
 ) -> Tensor:
     """``left @ right.T``: [m, n] and [p, n] -> [m, p].
 
@@ -33,8 +36,9 @@ def times_transposed(
         left: [m, n], of any layout.
         right: [p, n], of the same dtype.
         out: Gives memory where the result may be put; it is found in what is returned.
+        least: See ``faster_product``.
     """
-    product = faster_product(left, right)
+    product = faster_product(left, right) if least is None else faster_product(left, right, least)
     if product is None:
         return torch.mm(left, right.T) if out is None else torch.mm(left, right.T, out=out())
     total: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from weakref import ref
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .base import JacobianBlock, TiledBlock, compute_dtype
 from .cost import materialised_flops, pairwise_flops
-from .matmul import put_product, times_transposed
+from .matmul import SMALL, SMALL_SQUARE, put_product, times_transposed
 from .patches import Patches
 from .products import add_square, bands
 
@@ -354,26 +355,30 @@ class OuterBlock(TiledBlock):
         left = g1.reshape(-1, out)
         right = left if other is self else g2.reshape(-1, out)
         limit = max(1, self.scratch.tile_elements(self.dtype) // max(1, k * k * t1 * b2 * t2))
+        # Many tiles of one large product count as one.
+        large = b1 * t1 * b2 * t2 * (k * k * out + self.in_features) > 2 * SMALL
+        least = SMALL_SQUARE if large else SMALL
         for low, high, end in _bands_of_samples(b1, b2, limit, own=other is self):
             n = high - low
             mine, theirs = left[low * k * t1 : high * k * t1], right[: end * k * t2]
-            grads = self._product("left", mine, theirs)
+            grads = self._product("left", mine, theirs, least)
             products = grads.view(n, k, t1, end, k, t2)
             if a1 is not None and a2 is not None:
                 mine = a1[low:high].reshape(n * t1, self.in_features)
                 theirs = a2[:end].reshape(end * t2, self.in_features)
-                inputs = self._product("right", mine, theirs)
+                inputs = self._product("right", mine, theirs, least)
                 if self.ones:
                     inputs += 1
                 products.mul_(inputs.view(n, 1, t1, end, 1, t2))
             sums = products[:, :, 0, ..., 0] if t1 * t2 == 1 else products.sum(dim=(2, 5))
             total[low * k : high * k, : end * k] += sums.reshape(n * k, end * k)
 
-    def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+    def _product(self, name: str, left: Tensor, right: Tensor, least: int) -> Tensor:
         """``left @ right.T``, perhaps in scratch memory."""
         shape = (len(left), len(right))
         scratch, dtype, device = self.scratch, self.dtype, self.device
-        return times_transposed(left, right, lambda: scratch.tile(name, shape, dtype, device))
+        tile = partial(scratch.tile, name, shape, dtype, device)
+        return times_transposed(left, right, tile, least)
 
     def _add_combined(
         self,
